@@ -1,8 +1,8 @@
 """Quantized rows: values in fp8 with one scale for each group of columns, and straight-through derivatives.
 
 `quantize` and `dequantize` are public; `encode` and `decode` are the same arithmetic with no derivative, for the
-reference and the lowering. Every step is an integer operation or a single IEEE operation on f32 that meets no subnormal,
-so that XLA on any platform, NumPy and a kernel give the same bits. docs/wire-formats.md states the formats for readers.
+reference and the lowering. Every step is an integer operation or a single IEEE operation on f32 that meets no
+subnormal, so that XLA on any platform, NumPy and a kernel give the same bits. docs/wire-formats.md describes the formats.
 
 Shapes: H columns (hidden), G = ceil(H / group) scales a row.
 """
@@ -40,7 +40,7 @@ _F32_ONE = 0x3F800000
 _F32_INF = 0x7F800000
 _F32_NAN = 0x7FC00000
 _F32_MIN_NORMAL = 0x00800000
-# 448 * 2**-117. No scale is below 2**-117, so that the product of a scale and the least e4m3 value (2**-9) is never subnormal.
+# 448 * 2**-117: no scale is below 2**-117, so that no product of a scale and an e4m3 value (2**-9 or more) is subnormal.
 _AMAX_FLOOR = 0x09600000
 
 
@@ -79,8 +79,8 @@ def quantize(x: Array, format: str) -> Quantized:
     Returns:
       Quantized with values e4m3[..., H], scales f32 or e8m0[..., G], carrier zeros of x's shape and dtype.
 
-    A group with an inf or NaN becomes NaN in scale and values. An all-zero group has scale 1. f32 subnormals count as zero.
-    The derivative is straight-through: dequantize(quantize(x)) has x's tangent.
+    A group with an inf or NaN becomes NaN in scale and values. An all-zero group has scale 1. f32 subnormals count as
+    zero. The derivative is straight-through: dequantize(quantize(x)) has x's tangent.
 
     Raises:
       TypeError: x is not bf16, f16 or f32.
@@ -95,7 +95,7 @@ def quantize(x: Array, format: str) -> Quantized:
 
 
 def dequantize(q: Quantized, dtype: Any = None) -> Array:
-    """values * scales, rounded once to f32 and then to `dtype`.
+    """values * scales, rounded to f32 and then to `dtype`, where it saturates: what was finite stays finite.
 
     Args:
       q: a Quantized of a known format; leading axes of values and scales agree.
@@ -134,11 +134,13 @@ def num_groups(hidden: int, format: str) -> int:
     return -(-hidden // _format("num_groups", format).group)
 
 
+@functools.partial(jax.jit, static_argnums=1, inline=True)
 def encode(x: Array, format: str) -> tuple[Array, Array]:
     """What `quantize` computes, with no derivative: (values e4m3[..., H], scales [..., G]) of x[..., H]. Same errors.
 
     amax is the largest magnitude of the group, at least 448 * 2**-117. With an f32 scale: scale = amax / 448 and
-    value = e4m3(|x| * (448 / amax)). With an e8m0 scale: the least power of two >= amax / 448, value = e4m3(|x| / scale).
+    value = e4m3(|x| * (448 / amax)). With an e8m0 scale: scale is the least power of two >= amax / 448 and
+    value = e4m3(|x| / scale).
 
     >>> encode(jnp.array([896.0, -2.0]), "fp8_ue8m0")
     (Array([448, -1], dtype=float8_e4m3fn), Array([2], dtype=float8_e8m0fnu))
@@ -165,10 +167,11 @@ def encode(x: Array, format: str) -> tuple[Array, Array]:
         scales = lax.bitcast_convert_type(jnp.where(finite, exponent, _E8M0_NAN).astype(jnp.uint8), rule.scales)
     codes = _e4m3_bits(_as_f32(groups) * _as_f32(inverse_bits)[..., None])
     codes = jnp.where(finite[..., None], codes, _E4M3_NAN)
-    codes = codes.reshape(*codes.shape[:-2], -1)[..., : x.shape[-1]] | (bits >> 31 << 7)
+    codes = _join(codes, x.shape[-1]) | (bits >> 31 << 7)
     return lax.bitcast_convert_type(codes.astype(jnp.uint8), rule.values), scales
 
 
+@functools.partial(jax.jit, static_argnums=(2, 3), inline=True)
 def decode(values: Array, scales: Array, format: str, dtype: Any) -> Array:
     """What `dequantize` computes, with no derivative: dtype[..., H] of values [..., H] and scales [..., G].
 
@@ -177,7 +180,8 @@ def decode(values: Array, scales: Array, format: str, dtype: Any) -> Array:
     """
     group = _format("dequantize", format).group
     scales = jnp.repeat(scales.astype(jnp.float32), group, axis=-1)[..., : values.shape[-1]]
-    return (values.astype(jnp.float32) * scales).astype(dtype)
+    most = float(jnp.finfo(dtype).max)  # rounding to a value may have gone up past it
+    return jnp.clip(values.astype(jnp.float32) * scales, -most, most).astype(dtype)
 
 
 # Derivatives: the carrier takes x's tangent on, decoding takes it up again.
@@ -253,6 +257,11 @@ def _split(x: Array, group: int) -> Array:
     return x.reshape(*x.shape[:-1], x.shape[-1] // group, group)
 
 
+def _join(x: Array, hidden: int) -> Array:
+    """[..., G, group] as [..., H], without the fill."""
+    return x.reshape(*x.shape[:-2], x.shape[-2] * x.shape[-1])[..., :hidden]
+
+
 # Checks
 
 
@@ -284,14 +293,14 @@ def _check_quantized(q: Quantized) -> None:
     for name, got, want in (("values", q.values.dtype, rule.values), ("scales", q.scales.dtype, rule.scales)):
         if got != want:
             raise TypeError(
-                f"dequantize: q.{name} must be {want} for format {q.format!r}, got {got}. Use format='custom' for others."
+                f"dequantize: q.{name} must be {want} for format {q.format!r}, got {got}. "
+                "Name the format that made it, or 'custom'."
             )
-    if q.values.ndim == 0 or q.scales.shape != (
-        want := (*q.values.shape[:-1], num_groups(q.values.shape[-1], q.format))
-    ):
+    groups = -(-q.values.shape[-1] // rule.group) if q.values.ndim else 0
+    if q.values.ndim == 0 or q.scales.shape != (*q.values.shape[:-1], groups):
         raise ValueError(
-            f"dequantize: q.scales must have one scale for each {rule.group} columns of q.values{list(q.values.shape)}, "
-            f"got scales{list(q.scales.shape)}. Check the group size and the leading axes."
+            f"dequantize: q.scales must have one scale for each {rule.group} columns of q.values {q.values.shape}, "
+            f"got q.scales {q.scales.shape}. Check the group size and the leading axes."
         )
     if q.carrier is not None and q.carrier.shape != q.values.shape:
         raise ValueError(
