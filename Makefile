@@ -1,0 +1,67 @@
+# make demo              trains the example on this machine's GPUs, or on virtual CPU devices; DEMO_ARGS="--steps 20"
+# make test              builds, then runs the tests; PYTEST_ARGS="-k combine -x" picks some
+# make test-newest-jax   runs NEWEST_TESTS with the newest jax there is, from the wheel
+# make lint | wheel | clean
+#
+# Needs Python >= 3.12 (.ci/find-python looks for it, PYTHON=... names it), a C++ compiler and a package index for pip.
+# No CUDA: nvcc comes as a wheel, unless $CUDACXX names one. All that is made lies in .venv*, build and dist.
+
+PYTEST_ARGS ?=
+DEMO_ARGS ?=
+NEWEST_TESTS ?= tests
+
+comma := ,
+extras := test,examples,dev$(if $(wildcard /proc/driver/nvidia/version),$(comma)cuda)
+compiled := $(shell find ffi cmake -type f) CMakeLists.txt pyproject.toml
+workers := $(if $(filter gpu,$(JAX_EP_TEST_PLATFORM)),0,auto --maxprocesses=8)
+
+pip := python -m pip install --quiet --disable-pip-version-check
+
+.PHONY: demo test test-newest-jax lint wheel clean
+.DELETE_ON_ERROR:
+
+demo: .venv/installed
+	.venv/bin/python examples/train_moe_lm.py $(DEMO_ARGS)
+
+test: .venv/installed
+	.venv/bin/pytest -n $(workers) $(PYTEST_ARGS)
+
+lint: .venv/installed
+	PATH="$(CURDIR)/.venv/bin:$$PATH" pre-commit run --all-files --show-diff-on-failure
+
+wheel: dist/built
+
+test-newest-jax: .venv-newest/installed
+	.venv-newest/bin/python -c "import jax; print('jax', jax.__version__)"
+	.venv-newest/bin/pytest -n $(workers) -W default::DeprecationWarning $(NEWEST_TESTS)
+
+clean:
+	rm -rf .venv .venv-newest build dist
+
+# An editable install in two steps: what the build needs, and the jax of its jaxlib, which is the oldest supported; then
+# the package, built in build/editable with that, so that a change of a kernel compiles one file.
+.venv/tools: pyproject.toml .ci/find-python .ci/build-requirements
+	@command -v $(CXX) >/dev/null || { echo "jax_ep needs a C++ compiler, such as g++: $(CXX) is not there." >&2; exit 1; }
+	@echo "== .venv: the build's tools (half a minute, once)"
+	@python=$$(.ci/find-python) && $$python -m venv .venv
+	@.venv/bin/python .ci/build-requirements > .venv/build-requirements.txt
+	@.venv/bin/$(pip) -r .venv/build-requirements.txt \
+	  || { echo "jax_ep could not be given its tools: pip reaches no package index that has them." >&2; exit 1; }
+	@touch $@
+
+.venv/installed: .venv/tools $(compiled)
+	@echo "== .venv: jax_ep[$(extras)] (a minute; later only what changed)"
+	@.venv/bin/$(pip) --no-build-isolation -C build-dir=build/editable -e '.[$(extras)]'
+	@touch $@
+
+dist/built: .venv/tools $(compiled) $(shell find jax_ep -name '*.py')
+	@echo "== dist: the wheel (a minute)"
+	@rm -rf dist
+	@.venv/bin/python -m pip wheel --quiet --disable-pip-version-check --no-deps --wheel-dir dist .
+	@touch $@
+
+.venv-newest/installed: dist/built
+	@echo "== .venv-newest: the wheel with the newest jax"
+	@python=$$(.ci/find-python) && $$python -m venv --clear .venv-newest
+	@.venv-newest/bin/$(pip) "$$(echo dist/*.whl)[test]" jax jaxlib
+	@touch $@

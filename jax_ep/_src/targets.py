@@ -1,0 +1,47 @@
+"""Loads the compiled half, `jax_ep._core`, and registers its XLA FFI handlers for CUDA. ffi/module.cc lists them."""
+
+from __future__ import annotations
+
+import re
+from importlib import metadata
+from pathlib import Path
+
+import jax
+
+DISPATCH_LAYOUT = "jax_ep_dispatch_layout"
+
+Version = tuple[int, int]
+
+
+def installed_ffi_api(include_dir: str | Path) -> Version:
+    """The (major, minor) version of XLA's FFI in a jaxlib, told by the headers it ships."""
+    header = (Path(include_dir) / "xla/ffi/api/c_api.h").read_text()
+    major, minor = (re.search(rf"#define XLA_FFI_API_{part} (\d+)", header) for part in ("MAJOR", "MINOR"))
+    if major is None or minor is None:
+        raise ImportError(f"jax_ep: {include_dir}/xla/ffi/api/c_api.h must define XLA_FFI_API_MAJOR and _MINOR.")
+    return int(major[1]), int(minor[1])
+
+
+def check_ffi_api(built: Version, installed: Version) -> None:
+    """Raises unless handlers built with the first version run under the second.
+
+    XLA refuses handlers that are newer than itself when the CUDA backend starts, and loses the whole backend over it.
+    """
+    if installed[0] != built[0] or installed < built:
+        raise ImportError(
+            f"jax_ep: jaxlib must have XLA FFI {built[0]}.{built[1]} or a later {built[0]}.x, for which jax_ep was built, "
+            f"got {installed[0]}.{installed[1]} in jaxlib {metadata.version('jaxlib')}. Upgrade it with pip install -U jax jaxlib."
+        )
+
+
+try:
+    import jax_ep._core as _core
+except ImportError as error:
+    raise ImportError(
+        f"jax_ep: the compiled module jax_ep._core must be importable, got {error}. "
+        "Build it with pip install . in the source tree, and start Python elsewhere: the tree itself holds only sources."
+    ) from error
+
+check_ffi_api(_core.ffi_api, installed_ffi_api(jax.ffi.include_dir()))
+for _target, _handler in _core.handlers().items():
+    jax.ffi.register_ffi_target(_target, _handler, platform="CUDA")
