@@ -1,0 +1,95 @@
+"""Named cases: sizes that tests and benchmarks share. A benchmark on fewer ranks says `dataclasses.replace(case, num_ranks=4)`."""
+
+import dataclasses
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    name: str
+    num_tokens: int  # T, a rank
+    hidden: int  # H
+    num_topk: int  # K
+    num_experts: int  # E
+    num_ranks: int  # R
+    layout: str = "expert"
+    dtype: str = "bfloat16"
+    max_recv_tokens: int | None = None
+    expert_alignment: int = 1
+    expert_capacity: int | None = None
+    axes: tuple[
+        tuple[str, int], ...
+    ] = ()  # the expert axis in a mesh of several axes: (("a", 2), ("b", 2)); () is ("expert", R)
+    permuted: bool = False  # the mesh takes its devices in another order than jax.devices()
+
+    def __str__(self):
+        return self.name
+
+    @property
+    def mesh_axes(self):
+        return self.axes or (("expert", self.num_ranks),)
+
+    @property
+    def axis_name(self):
+        names = tuple(name for name, _ in self.mesh_axes)
+        return names[0] if len(names) == 1 else names
+
+    @property
+    def num_local_experts(self):
+        return self.num_experts // self.num_ranks
+
+
+def _model(name, num_experts, num_topk, hidden):
+    """Decode: the tokens of one small step. Prefill: what a training step or a long prompt brings to one rank."""
+    return [
+        Case(f"{name}/{phase}", num_tokens, hidden, num_topk, num_experts, num_ranks=8)
+        for phase, num_tokens in (("decode", 128), ("prefill", 4096))
+    ]
+
+
+MODELS = [
+    *_model("deepseek-v3", 256, 8, 7168),
+    *_model("kimi-k2", 384, 8, 7168),
+    *_model("qwen3-235b", 128, 8, 4096),
+    *_model("gpt-oss-120b", 128, 4, 2880),
+    *_model("mixtral-8x7b", 8, 2, 4096),
+]
+
+# Rows of 16 bytes and a few more; every layout, dtype, alignment, number of ranks and kind of capacity at least once.
+TINY = [
+    Case("expert", 6, 16, 2, 8, 4),
+    Case("expert-one-rank", 5, 8, 3, 6, 1),
+    Case("expert-three-ranks", 7, 8, 2, 9, 3, dtype="float32"),
+    Case("expert-eight-ranks", 4, 24, 4, 16, 8),
+    Case("expert-many-choices", 5, 4, 6, 8, 2, dtype="float32"),
+    Case("expert-all-experts", 3, 8, 4, 4, 4, dtype="float16"),
+    Case("expert-aligned", 6, 8, 2, 8, 4, expert_alignment=8),
+    Case("expert-tight", 8, 16, 2, 8, 4, max_recv_tokens=9),
+    Case("expert-tight-aligned", 12, 8, 3, 8, 2, max_recv_tokens=37, expert_alignment=16, dtype="float16"),
+    Case("expert-one-row", 4, 8, 2, 4, 2, max_recv_tokens=1, expert_alignment=2),
+    Case("expert-no-rows", 4, 8, 2, 4, 2, max_recv_tokens=0),
+    Case("expert-roomy", 3, 8, 2, 4, 2, max_recv_tokens=101),
+    Case("expert-no-tokens", 0, 8, 2, 4, 4),
+    Case("expert-two-axes", 5, 8, 3, 8, 4, axes=(("a", 2), ("b", 2))),
+    Case("expert-permuted", 5, 8, 3, 8, 4, permuted=True),
+    Case("rank", 6, 16, 2, 8, 4, layout="rank"),
+    Case("rank-one-rank", 5, 8, 3, 6, 1, layout="rank"),
+    Case("rank-three-ranks", 7, 8, 3, 9, 3, layout="rank", dtype="float32"),
+    Case("rank-eight-ranks", 4, 8, 6, 16, 8, layout="rank", dtype="float16"),
+    Case("rank-tight", 8, 16, 2, 8, 4, layout="rank", max_recv_tokens=7),
+    Case("rank-roomy-permuted", 6, 8, 2, 4, 2, layout="rank", max_recv_tokens=40, permuted=True),
+    Case("rank-no-tokens", 0, 8, 2, 4, 4, layout="rank"),
+    Case("batched", 6, 16, 2, 8, 4, layout="batched"),
+    Case("batched-one-rank", 5, 8, 3, 6, 1, layout="batched"),
+    Case("batched-three-ranks", 7, 8, 2, 6, 3, layout="batched", dtype="float32"),
+    Case("batched-eight-ranks", 4, 8, 2, 8, 8, layout="batched", dtype="float16"),
+    Case("batched-tight", 12, 16, 3, 8, 4, layout="batched", expert_capacity=5),
+    Case("batched-no-rows", 4, 8, 2, 4, 2, layout="batched", expert_capacity=0),
+    Case("batched-roomy-two-axes", 3, 8, 2, 4, 4, layout="batched", expert_capacity=31, axes=(("a", 2), ("b", 2))),
+    Case("batched-no-tokens", 0, 8, 2, 4, 4, layout="batched"),
+]
+
+CASES = TINY + MODELS
+
+
+def case(name):
+    return next(case for case in CASES if case.name == name)
