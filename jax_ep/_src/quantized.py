@@ -58,8 +58,9 @@ class Quantized:
              with `dataclasses.replace(q, carrier=None)` before keeping q for long.
     format   a key of FORMATS, or "custom": carried as it is, not dequantized here.
 
-    >>> mine = Quantized(values=fp4_bytes, scales=fp4_scales)                    # u8[T, H/2], f8_e4m3[T, H/16]
-    >>> theirs = Quantized(values, scales, format="mxfp8")                       # dequantize(theirs) is f32[T, H]
+    >>> fp4 = Quantized(jnp.zeros((2, 64), jnp.uint8), jnp.ones((2, 8), jnp.float8_e4m3fn))  # two values a byte
+    >>> fp4.format, fp4.carrier
+    ('custom', None)
     """
 
     values: Array
@@ -87,8 +88,8 @@ def quantize(x: Array, format: str) -> Quantized:
       ValueError: x has no columns, or format is unknown.
 
     >>> q = quantize(jnp.array([[448.0, -1.0, 0.3, 0.0]]), "fp8")
-    >>> q.scales, q.values.astype(jnp.float32)
-    (Array([[1.]], dtype=float32), Array([[448., -1., 0.3125, 0.]], dtype=float32))
+    >>> q.values, q.scales
+    (Array([[448, -1, 0.3125, 0]], dtype=float8_e4m3fn), Array([[1.]], dtype=float32))
     """
     values, scales = encode(lax.stop_gradient(x), format)
     return Quantized(values, scales, carrier=_carrier(x), format=format)
