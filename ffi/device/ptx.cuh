@@ -1,0 +1,117 @@
+// The PTX that CUDA C++ does not spell: system-scope flags, bulk copies (TMA without tensor maps), mbarriers.
+// Neighbours: wait.cuh builds the waits with a deadline on these.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+namespace jax_ep {
+
+// ---- flags that peers share
+
+__device__ __forceinline__ uint64_t LoadAcquireSys(const uint64_t* flag) {
+  uint64_t value;
+  asm volatile("ld.acquire.sys.global.u64 %0, [%1];" : "=l"(value) : "l"(flag) : "memory");
+  return value;
+}
+
+__device__ __forceinline__ uint64_t LoadRelaxedSys(const uint64_t* flag) {
+  uint64_t value;
+  asm volatile("ld.relaxed.sys.global.u64 %0, [%1];" : "=l"(value) : "l"(flag) : "memory");
+  return value;
+}
+
+__device__ __forceinline__ void StoreRelaxedSys(uint64_t* flag, uint64_t value) {
+  asm volatile("st.relaxed.sys.global.u64 [%0], %1;" ::"l"(flag), "l"(value) : "memory");
+}
+
+__device__ __forceinline__ void FenceSys() { asm volatile("fence.acq_rel.sys;" ::: "memory"); }
+__device__ __forceinline__ void FenceSeqCstSys() { asm volatile("fence.sc.sys;" ::: "memory"); }
+
+// ---- counters between the warps of a block
+
+__device__ __forceinline__ uint32_t SharedAddress(const void* pointer) {
+  return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
+}
+
+__device__ __forceinline__ uint32_t LoadAcquireShared(const uint32_t* counter) {
+  uint32_t value;
+  asm volatile("ld.acquire.cta.shared.u32 %0, [%1];" : "=r"(value) : "r"(SharedAddress(counter)) : "memory");
+  return value;
+}
+
+__device__ __forceinline__ void StoreReleaseShared(uint32_t* counter, uint32_t value) {
+  asm volatile("st.release.cta.shared.u32 [%0], %1;" ::"r"(SharedAddress(counter)), "r"(value) : "memory");
+}
+
+// ---- time
+
+__device__ __forceinline__ uint64_t NanoSeconds() {
+  uint64_t value;
+  asm volatile("mov.u64 %0, %globaltimer;" : "=l"(value));
+  return value;
+}
+
+// ---- bulk copies. Addresses and sizes are multiples of 16 bytes.
+
+__device__ __forceinline__ void InitMbarrier(uint64_t* barrier) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(SharedAddress(barrier)) : "memory");
+}
+
+// Orders InitMbarrier before the bulk copies that signal it.
+__device__ __forceinline__ void FenceMbarrierInit() {
+  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+}
+
+// Global to shared; completes one phase of `barrier`.
+__device__ __forceinline__ void BulkLoad(void* shared, const void* global, uint32_t num_bytes, uint64_t* barrier) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(SharedAddress(barrier)), "r"(num_bytes)
+               : "memory");
+  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
+                   SharedAddress(shared)),
+               "l"(global), "r"(num_bytes), "r"(SharedAddress(barrier))
+               : "memory");
+}
+
+__device__ __forceinline__ void WaitMbarrier(uint64_t* barrier, uint32_t parity) {
+  uint32_t done;
+  do {
+    asm volatile(
+        "{ .reg .pred p;\n"
+        "  mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\n"
+        "  selp.u32 %0, 1, 0, p; }"
+        : "=r"(done)
+        : "r"(SharedAddress(barrier)), "r"(parity)
+        : "memory");
+  } while (done == 0);
+}
+
+// Shared to global, own or a peer's; joins the calling thread's open bulk group.
+__device__ __forceinline__ void BulkStore(void* global, const void* shared, uint32_t num_bytes) {
+  asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(global),
+               "r"(SharedAddress(shared)), "r"(num_bytes)
+               : "memory");
+}
+
+__device__ __forceinline__ void CommitBulkGroup() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
+
+// All but the newest kPending groups of this thread have read their shared memory: it may be refilled.
+template <int kPending>
+__device__ __forceinline__ void WaitBulkRead() {
+  asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(kPending) : "memory");
+}
+
+// All but the newest kPending groups of this thread are complete: their writes are visible to it, so a release covers them.
+template <int kPending>
+__device__ __forceinline__ void WaitBulkDone() {
+  asm volatile("cp.async.bulk.wait_group %0;" ::"n"(kPending) : "memory");
+}
+
+// Ordinary writes to shared memory before, bulk copies over the same bytes after.
+__device__ __forceinline__ void FenceProxyAsyncShared() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
+// Rows acquired through a flag before, bulk loads of them after.
+__device__ __forceinline__ void FenceProxyAsync() { asm volatile("fence.proxy.async;" ::: "memory"); }
+
+}  // namespace jax_ep

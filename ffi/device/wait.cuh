@@ -1,0 +1,153 @@
+// A kernel's place in its group, and every wait for a peer: bounded by the group's timeout, told in a sentence.
+// docs/protocol.md, "Deadlines". Neighbours: ptx.cuh, group/window.h.
+#pragma once
+
+#include "device/ptx.cuh"
+#include "group/window.h"
+
+namespace jax_ep {
+
+// One call of one rank, as each thread sees it. Made by BeginCall, ended by EndCall.
+struct Call {
+  const GroupView* group;
+  Window* window;
+  uint64_t epoch;
+  Operation operation;
+  int rank, num_ranks, parity;
+
+  __device__ Window* Peer(int peer) const { return group->window[peer]; }
+  __device__ uint64_t Tag(uint32_t state) const { return epoch << 32 | state; }
+};
+
+// `epoch` advances when the last block of a call leaves, so every block of a call reads the same value here.
+__device__ __forceinline__ Call BeginCall(const GroupView* group, Operation operation) {
+  Call call;
+  call.group = group;
+  call.rank = group->rank;
+  call.num_ranks = group->num_ranks;
+  call.window = group->window[call.rank];
+  call.epoch = LoadRelaxedSys(&call.window->epoch) + 1;
+  call.operation = operation;
+  call.parity = static_cast<int>(call.epoch & 1);
+  return call;
+}
+
+__device__ __forceinline__ bool HasFailed(const Call& call) {
+  return LoadRelaxedSys(&call.window->failed_epoch) == call.epoch;
+}
+
+// The first failure of a call is the one told: what follows is its consequence.
+__device__ __noinline__ static void Fail(const Call& call, Phase phase, int peer, int lane, uint64_t expected,
+                                         uint64_t seen) {
+  auto* failed = reinterpret_cast<unsigned long long*>(&call.window->failed_epoch);
+  if (atomicExch(failed, static_cast<unsigned long long>(call.epoch)) == call.epoch) return;
+  Status* status = call.group->status;
+  status->operation = call.operation;
+  status->phase = phase;
+  status->rank = call.rank;
+  status->peer = peer;
+  status->lane = lane;
+  status->epoch = call.epoch;
+  status->expected = expected;
+  status->seen = seen;
+  __threadfence_system();
+  status->failures = status->failures + 1;
+  __threadfence_system();
+}
+
+__device__ __forceinline__ bool Reached(const Call& call, uint64_t value, uint32_t state) {
+  return value >= call.Tag(state) && (value >> 32) == call.epoch && static_cast<uint32_t>(value) != kGone;
+}
+
+// The waiting proper, apart from the test that mostly succeeds. Returns the last value seen.
+// With `regardless` neither the peer's giving up nor this rank's earlier failure ends the wait early, and nothing is reported.
+__device__ __noinline__ static uint64_t Poll(const Call& call, const uint64_t* flag, uint32_t state, Phase phase,
+                                             int peer, int lane, bool regardless) {
+  const uint64_t start = NanoSeconds();
+  const uint64_t expected = call.Tag(state);
+  for (uint32_t tries = 1;; ++tries) {
+    const uint64_t value = LoadAcquireSys(flag);
+    if (value >= expected) {
+      if (!regardless && !Reached(call, value, state)) Fail(call, phase, peer, lane, expected, value);
+      return value;
+    }
+    if (tries % 32 != 0) continue;
+    if (!regardless && HasFailed(call)) return value;
+    if (NanoSeconds() - start > call.group->status->timeout_ns) {
+      if (!regardless) Fail(call, phase, peer, lane, expected, value);
+      return value;
+    }
+  }
+}
+
+// Waits until `flag`, written by `peer`, says at least `state` in this epoch; acquires what its release covers.
+// Any thread may call it. False: it will not come.
+__device__ __forceinline__ bool Await(const Call& call, const uint64_t* flag, uint32_t state, Phase phase, int peer,
+                                      int lane, uint64_t* seen = nullptr) {
+  uint64_t value = LoadAcquireSys(flag);
+  if (value < call.Tag(state)) {
+    value = Poll(call, flag, state, phase, peer, lane, false);
+  } else if (!Reached(call, value, state)) {
+    Fail(call, phase, peer, lane, call.Tag(state), value);
+  }
+  if (seen != nullptr) *seen = value;
+  return Reached(call, value, state);
+}
+
+// Tells every peer that the mail and counts of `lane` lie in its window. Called by one whole warp, after a barrier behind the
+// threads that wrote them. The second fence is half of the deadline protocol: it orders this post before reading the peer's.
+__device__ __forceinline__ void Post(const Call& call, int lane) {
+  const int peer = threadIdx.x % 32;
+  if (peer < call.num_ranks) {
+    FenceSys();
+    StoreRelaxedSys(&call.Peer(peer)->post[call.parity][call.rank][lane], call.Tag(kPosted));
+    FenceSeqCstSys();
+  }
+  __syncwarp();
+}
+
+// Leaves a lane: waits until every peer is done with it. Called by one whole warp, after this rank's own `done` has been published.
+__device__ __forceinline__ void Leave(const Call& call, int post_lane, int progress_lane) {
+  const int peer = threadIdx.x % 32;
+  const uint64_t* progress = &call.window->progress[peer][progress_lane];
+  if (peer < call.num_ranks && !HasFailed(call)) Await(call, progress, kDone, kLeave, peer, progress_lane);
+  __syncwarp();
+  if (peer < call.num_ranks && HasFailed(call)) {
+    StoreRelaxedSys(&call.Peer(peer)->post[call.parity][call.rank][post_lane], call.Tag(kGone));
+    FenceSeqCstSys();
+    if (LoadAcquireSys(&call.window->post[call.parity][peer][post_lane]) == call.Tag(kPosted)) {
+      Poll(call, progress, kDone, kLeave, peer, progress_lane, true);
+    }
+  }
+  __syncwarp();
+}
+
+// A call that this rank's host has refused runs as one that has failed, so that epochs stay in step; its reason was told before.
+__device__ __forceinline__ void Refuse(const Call& call) {
+  atomicExch(reinterpret_cast<unsigned long long*>(&call.window->failed_epoch), static_cast<unsigned long long>(call.epoch));
+}
+
+// The last thing a block does, by all its threads. True for the last block of the grid to arrive, in all its threads, which then
+// clears the results if HasFailed and calls EndCall.
+__device__ __forceinline__ bool IsLastBlock(const Call& call) {
+  __shared__ bool is_last;
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    __threadfence();
+    is_last = atomicAdd(&call.window->exits, 1u) + 1 == gridDim.x;
+    __threadfence();
+  }
+  __syncthreads();
+  return is_last;
+}
+
+__device__ __forceinline__ void EndCall(const Call& call) {
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    call.window->exits = 0;
+    __threadfence();
+    call.window->epoch = call.epoch;
+  }
+}
+
+}  // namespace jax_ep

@@ -1,0 +1,223 @@
+// The copying warps of a dispatch: all rows of a result that do not come over the link.
+//
+//   own tokens   from x to their rows here; waits for the slots of the sending lane (progress >= 1)
+//   zero rows    padding of groups and the tail
+//   fan-out      a peer's row, once it is here, to the further experts that chose it (progress >= 1 + token)
+#pragma once
+
+#include "device/warp.cuh"
+#include "dispatch/send.cuh"
+
+namespace jax_ep {
+
+// A warp's stages: jobs go in at one end (a load), come out at the other (stores to the rows that the lanes hold).
+struct CopyPipe {
+  const DispatchPlan& plan;
+  DispatchShared& shared;
+  char* stage;
+  int slot_of_warp, in = 0, out = 0, in_flight = 0;
+  uint32_t parity = 0;
+
+  __device__ CopyPipe(const DispatchPlan& plan, DispatchShared& shared, char* stages, int warp)
+      : plan(plan), shared(shared), stage(stages + warp * plan.copy.stages * plan.copy.stride), slot_of_warp(warp) {}
+
+  // Stores what was loaded longest ago.
+  __device__ __forceinline__ void Drain() {
+    const Pieces& pieces = plan.copy;
+    const RowArray& rows = plan.params.rows[0];
+    const int lane = threadIdx.x % 32, row = shared.copy_row[slot_of_warp][out][lane];
+    const int64_t offset = shared.copy_offset[slot_of_warp][out];
+    WaitMbarrier(&shared.copy_full[slot_of_warp][out], parity);
+    if (row >= 0) {
+      BulkStore(rows.recv + row * rows.row_bytes + offset, stage + out * pieces.stride,
+                PieceBytes(pieces, rows.row_bytes, offset));
+    }
+    CommitBulkGroup();
+    if (++out == pieces.stages) out = 0, parity ^= 1;
+    --in_flight;
+  }
+
+  // Copies the row at `source` to the rows that the lanes name (-1: none). Called by the whole warp.
+  __device__ __forceinline__ void Copy(const char* source, int row) {
+    const Pieces& pieces = plan.copy;
+    const int lane = threadIdx.x % 32;
+    for (int piece = 0; piece < pieces.per_row; ++piece) {
+      if (in_flight == pieces.stages - 1) Drain();
+      WaitBulkRead<1>();  // the stage filled now was stored from before the newest group
+      shared.copy_row[slot_of_warp][in][lane] = row;
+      const int64_t offset = static_cast<int64_t>(piece) * pieces.bytes;
+      if (lane == 0) shared.copy_offset[slot_of_warp][in] = offset;
+      __syncwarp();
+      if (lane == 0) {
+        BulkLoad(stage + in * pieces.stride, source + offset,
+                 PieceBytes(pieces, plan.params.rows[0].row_bytes, offset), &shared.copy_full[slot_of_warp][in]);
+      }
+      if (++in == pieces.stages) in = 0;
+      ++in_flight;
+    }
+  }
+
+  __device__ __forceinline__ void Finish() {
+    while (in_flight > 0) Drain();
+    WaitBulkRead<0>();
+  }
+};
+
+// The rows of one token here that the lanes' choices name, each row in one lane only.
+__device__ __forceinline__ int DistinctRow(const DispatchPlan& plan, int row) {
+  if (plan.params.layout != Layout::kRank) return row;
+  const uint32_t same = __match_any_sync(~0u, row);
+  return (same & ((1u << (threadIdx.x % 32)) - 1)) == 0 ? row : -1;
+}
+
+// The second array's rows go by ordinary loads and stores.
+__device__ __forceinline__ void CopySecondArray(const DispatchPlan& plan, const char* source, int row) {
+  const RowArray& small = plan.params.rows[1];
+  for (uint32_t rest = __ballot_sync(~0u, row >= 0); rest != 0; rest &= rest - 1) {
+    const int target = __shfl_sync(~0u, row, __ffs(rest) - 1);
+    CopySmallRow(small.recv + target * small.row_bytes, source, small.row_bytes);
+  }
+}
+
+// Zero rows of the result: [first[i], first[i] + (before[i + 1] - before[i])) for each range i.
+struct ZeroRows {
+  int32_t* first;   // [L + 1]
+  int32_t* before;  // [L + 2]
+  int num_ranges;
+
+  __device__ ZeroRows(const DispatchPlan& plan, char* shared, int num_ranks) {
+    num_ranges = plan.params.num_experts / num_ranks + 1;
+    first = reinterpret_cast<int32_t*>(shared);
+    before = first + num_ranges;
+  }
+};
+
+// Where the zero rows are, from the counts of the local experts and the rows wanted here. Called by one warp.
+__device__ inline void FindZeroRows(const DispatchPlan& plan, const int32_t* counts, int rows_wanted, const ZeroRows& zero) {
+  const DispatchParams& p = plan.params;
+  const int lane = threadIdx.x % 32, num_local = zero.num_ranges - 1, capacity = p.max_recv_tokens;
+  int end = 0, before = 0;
+  for (int e = 0; e < zero.num_ranges; e += 32) {
+    const int i = e + lane;
+    int begin = 0, length = 0;
+    if (p.layout == Layout::kExpert) {
+      const int count = i < num_local ? counts[i] : 0;
+      const int aligned = (count + p.expert_alignment - 1) / p.expert_alignment * p.expert_alignment;
+      int sum;
+      const int start = end + WarpScan(aligned, &sum);
+      end += sum;
+      begin = min(start + count, capacity);
+      length = (i < num_local ? min(start + aligned, capacity) : capacity) - begin;
+      if (i > num_local) length = 0;
+    } else if (p.layout == Layout::kBatched) {
+      const int count = i < num_local ? min(counts[i], p.expert_capacity) : 0;
+      begin = i * p.expert_capacity + count;
+      length = i < num_local ? p.expert_capacity - count : 0;
+    } else if (i == 0) {
+      begin = min(rows_wanted, capacity);
+      length = capacity - begin;
+    }
+    int sum;
+    const int offset = before + WarpScan(length, &sum);
+    before += sum;
+    if (i < zero.num_ranges) {
+      zero.first[i] = begin;
+      zero.before[i] = offset;
+    }
+  }
+  if (lane == 0) zero.before[zero.num_ranges] = before;
+}
+
+__device__ inline void WriteZeroRows(const DispatchPlan& plan, const ZeroRows& zero, const char* zeros, int index) {
+  const DispatchParams& p = plan.params;
+  const int lane = threadIdx.x % 32, num_rows = zero.before[zero.num_ranges];
+  int range = 0;
+  for (int i = index; i < num_rows; i += plan.num_copy_warps) {
+    while (i >= zero.before[range + 1]) ++range;
+    const int64_t row = zero.first[range] + (i - zero.before[range]);
+    if (p.num_row_arrays > 0) {
+      const int64_t row_bytes = p.rows[0].row_bytes;
+      for (int64_t offset = static_cast<int64_t>(lane) * plan.zero_bytes; offset < row_bytes; offset += 32 * plan.zero_bytes) {
+        const int num_bytes = static_cast<int>(min(static_cast<int64_t>(plan.zero_bytes), row_bytes - offset));
+        BulkStore(p.rows[0].recv + row * row_bytes + offset, zeros, num_bytes);
+      }
+      CommitBulkGroup();
+      WaitBulkRead<4>();
+    }
+    if (p.num_row_arrays > 1) {
+      for (int64_t j = lane; j < p.rows[1].row_bytes; j += 32) p.rows[1].recv[row * p.rows[1].row_bytes + j] = 0;
+    }
+    const int num_choices = p.layout == Layout::kRank ? p.num_topk : 1;
+    if (lane < num_choices) {
+      if (p.recv_weights != nullptr) p.recv_weights[row * num_choices + lane] = 0.f;
+      if (p.recv_topk_idx != nullptr && p.operation != kDispatchCached) p.recv_topk_idx[row * num_choices + lane] = -1;
+    }
+  }
+}
+
+// All of a copying warp's work. `index` numbers the copying warps of the grid.
+__device__ inline void CopyRows(const DispatchPlan& plan, const Call& call, DispatchShared& shared, const ZeroRows& zero,
+                                const char* zeros, char* stages, int warp, int index) {
+  const DispatchParams& p = plan.params;
+  const int lane = threadIdx.x % 32, num_lanes = plan.num_lanes(), num_peers = call.num_ranks - 1;
+  const int64_t choices = static_cast<int64_t>(p.num_tokens) * p.num_topk;
+  const int longest = (p.num_tokens + num_lanes - 1) / num_lanes;
+  CopyPipe pipe(plan, shared, stages, warp);
+
+  // Tokens in the order in which the sending lanes take them.
+  const auto token_of = [&](int step, int sending_lane) {
+    const int token = plan.TokenBegin(sending_lane) + step;
+    return token < plan.TokenBegin(sending_lane + 1) ? token : -1;
+  };
+  const auto rows_of = [&](int source, int token) {
+    const int row = lane < p.num_topk
+                        ? p.recv_slot[source * choices + static_cast<int64_t>(token) * p.num_topk + lane] : -1;
+    return DistinctRow(plan, row);
+  };
+  const auto await = [&](int source, int sending_lane, uint32_t state) {
+    bool came = true;
+    if (lane == 0) {
+      came = Await(call, &call.window->progress[source][sending_lane], state, kRows, source, sending_lane);
+      FenceProxyAsync();
+    }
+    came = __shfl_sync(~0u, came, 0);
+    __syncwarp();  // lane 0 acquired for all
+    return came;
+  };
+
+  bool came = true;
+  if (p.num_row_arrays > 0) {
+    for (int i = index; i < longest * num_lanes && came; i += plan.num_copy_warps) {
+      const int token = token_of(i / num_lanes, i % num_lanes);
+      if (token < 0) continue;
+      if (p.operation != kDispatchCached) came = await(call.rank, i % num_lanes, kPosted);
+      const int row = rows_of(call.rank, token);
+      if (!came || __ballot_sync(~0u, row >= 0) == 0) continue;
+      pipe.Copy(p.rows[0].x + token * p.rows[0].row_bytes, row);
+      if (p.num_row_arrays > 1) CopySecondArray(plan, p.rows[1].x + token * p.rows[1].row_bytes, row);
+    }
+  }
+  if (came) WriteZeroRows(plan, zero, zeros, index);
+  if (p.num_row_arrays > 0 && p.layout != Layout::kRank && p.num_topk > 1 && num_peers > 0) {
+    const int64_t num_jobs = static_cast<int64_t>(longest) * num_lanes * num_peers;
+    for (int64_t i = index; i < num_jobs && came; i += plan.num_copy_warps) {
+      const int source = (call.rank + num_peers - static_cast<int>(i % num_peers)) % call.num_ranks;
+      const int sending_lane = static_cast<int>(i / num_peers % num_lanes);
+      const int step = static_cast<int>(i / num_peers / num_lanes), token = token_of(step, sending_lane);
+      if (token < 0) continue;
+      came = await(source, sending_lane, 2 + step);
+      if (!came) break;
+      int row = rows_of(source, token);
+      const uint32_t holders = __ballot_sync(~0u, row >= 0);
+      if ((holders & (holders - 1)) == 0) continue;
+      const int64_t primary = __shfl_sync(~0u, row, __ffs(holders) - 1);
+      if (lane == __ffs(holders) - 1) row = -1;
+      pipe.Copy(p.rows[0].recv + primary * p.rows[0].row_bytes, row);
+      if (p.num_row_arrays > 1) CopySecondArray(plan, p.rows[1].recv + primary * p.rows[1].row_bytes, row);
+    }
+  }
+  pipe.Finish();
+  WaitBulkDone<0>();
+}
+
+}  // namespace jax_ep

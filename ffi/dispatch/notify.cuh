@@ -1,0 +1,243 @@
+// The routing of a dispatch: counts out, counts in, final places by prefix sums.
+// All threads of a block call these in order: CountTokens, Meet, PlaceExperts, WriteSlots. Only send blocks count and write slots.
+#pragma once
+
+#include "device/warp.cuh"
+#include "dispatch/plan.cuh"
+
+namespace jax_ep {
+
+// Lives where the stages of the copiers will be.
+struct NotifyShared {
+  int32_t* hist;    // [kDispatchWarps][num_bins]: counts of a warp's tokens, later the next row of each bin
+  int32_t* total;   // [num_bins]: over all ranks
+  int32_t* before;  // [num_bins]: first row of this block
+  int32_t* token_row;  // [kDispatchWarps][32][R]: layout "rank"
+
+  __device__ NotifyShared(const DispatchPlan& plan, char* shared, int num_ranks) {
+    hist = reinterpret_cast<int32_t*>(shared);
+    total = hist + kDispatchWarps * plan.num_bins;
+    before = total + plan.num_bins;
+    token_row = before + plan.num_bins;
+  }
+};
+
+struct TokenRange {
+  int begin, end;
+};
+
+// The tokens of a warp, in order: so a warp's rows of one expert come after those of the warps before it.
+__device__ __forceinline__ TokenRange WarpTokens(const DispatchPlan& plan) {
+  const int warp = threadIdx.x / 32;
+  const int begin = plan.TokenBegin(kSendWarps * blockIdx.x), end = plan.TokenBegin(kSendWarps * (blockIdx.x + 1));
+  return {begin + (end - begin) * warp / kDispatchWarps, begin + (end - begin) * (warp + 1) / kDispatchWarps};
+}
+
+// Counts this block's tokens and puts the counts into every rank's window. Ends with the block synchronised, ready to post.
+__device__ inline void CountTokens(const DispatchPlan& plan, const Call& call, const NotifyShared& notify) {
+  const DispatchParams& p = plan.params;
+  const int lane = threadIdx.x % 32, num_experts = p.num_experts, experts_per_rank = num_experts / call.num_ranks;
+  int32_t* hist = notify.hist + threadIdx.x / 32 * plan.num_bins;
+  for (int bin = lane; bin < plan.num_bins; bin += 32) hist[bin] = 0;
+  __syncwarp();
+  const TokenRange tokens = WarpTokens(plan);
+  if (p.layout != Layout::kRank) {
+    for (int i = tokens.begin * p.num_topk + lane; i < tokens.end * p.num_topk; i += 32) {
+      const int expert = p.topk_idx[i];
+      if (expert >= 0 && expert < num_experts) atomicAdd(&hist[expert], 1);
+    }
+  } else {
+    for (int token = tokens.begin + lane; token < tokens.end; token += 32) {
+      uint32_t ranks = 0;
+      for (int k = 0; k < p.num_topk; ++k) {
+        const int expert = p.topk_idx[token * p.num_topk + k];
+        if (expert < 0 || expert >= num_experts) continue;
+        atomicAdd(&hist[expert], 1);
+        ranks |= 1u << (expert / experts_per_rank);
+      }
+      for (; ranks != 0; ranks &= ranks - 1) atomicAdd(&hist[num_experts + __ffs(ranks) - 1], 1);
+    }
+  }
+  __syncthreads();
+  for (int bin = threadIdx.x; bin < plan.num_bins; bin += kDispatchThreads) {
+    int count = 0;
+    for (int warp = 0; warp < kDispatchWarps; ++warp) count += notify.hist[warp * plan.num_bins + bin];
+    for (int i = 0; i < call.num_ranks; ++i) {
+      const int peer = (call.rank + 1 + i) % call.num_ranks;
+      call.Peer(peer)->counts[call.parity][call.rank][blockIdx.x][bin] = count;
+    }
+  }
+}
+
+// Waits for the posts that this block needs and copies the peers' addresses. False: some rank did not come.
+__device__ inline bool Meet(const DispatchPlan& plan, const Call& call, DispatchShared& shared) {
+  const bool cached = plan.params.operation == kDispatchCached;
+  const int num_lanes = cached ? 1 : plan.num_send_blocks;
+  bool met = true;
+  for (int i = threadIdx.x; i < call.num_ranks * num_lanes; i += kDispatchThreads) {
+    const int peer = i / num_lanes, lane = cached ? blockIdx.x : i % num_lanes;
+    met &= Await(call, &call.window->post[call.parity][peer][lane], kPosted, kMeet, peer, lane);
+  }
+  met = __syncthreads_and(met);
+  const int mail_lane = static_cast<int>(blockIdx.x) < plan.num_send_blocks ? blockIdx.x : 0;
+  for (int i = threadIdx.x; i < call.num_ranks * kNumAddresses; i += kDispatchThreads) {
+    shared.address[i / kNumAddresses][i % kNumAddresses] =
+        call.window->mail[call.parity][i / kNumAddresses][mail_lane].address[i % kNumAddresses];
+  }
+  return met;
+}
+
+// First row of each expert that has rows, in layout "expert": groups are aligned. Called by one warp; writes first[0..n), returns the end.
+__device__ inline int ScanGroups(const int32_t* total, int32_t* first, int n, int alignment) {
+  const int lane = threadIdx.x % 32;
+  int end = 0;
+  for (int e = 0; e < n; e += 32) {
+    const int count = e + lane < n ? total[e + lane] : 0;
+    int sum;
+    const int offset = WarpScan((count + alignment - 1) / alignment * alignment, &sum);
+    if (e + lane < n) first[e + lane] = end + offset;
+    end += sum;
+  }
+  return end;
+}
+
+// From everybody's counts: totals, and in a send block the next row of each (warp, bin). Block 0 writes the result `counts`.
+__device__ inline void PlaceExperts(const DispatchPlan& plan, const Call& call, const NotifyShared& notify) {
+  const DispatchParams& p = plan.params;
+  const bool sends = static_cast<int>(blockIdx.x) < plan.num_send_blocks;
+  const int num_local = p.num_experts / call.num_ranks, warp = threadIdx.x / 32;
+  for (int bin = threadIdx.x; bin < plan.num_bins; bin += kDispatchThreads) {
+    int total = 0, before = 0;
+    for (int source = 0; source < call.num_ranks; ++source) {
+      for (int block = 0; block < plan.num_send_blocks; ++block) {
+        const int count = call.window->counts[call.parity][source][block][bin];
+        total += count;
+        if (source < call.rank || (source == call.rank && block < static_cast<int>(blockIdx.x))) before += count;
+      }
+    }
+    notify.total[bin] = total;
+    notify.before[bin] = before;
+  }
+  __syncthreads();
+  // token_row is free until WriteSlots: here the groups' first rows.
+  int32_t* first = notify.token_row;
+  int32_t* ends = first + p.num_experts;
+  if (p.layout == Layout::kExpert) {
+    for (int rank = warp; rank < call.num_ranks; rank += kDispatchWarps) {
+      const int end = ScanGroups(notify.total + rank * num_local, first + rank * num_local, num_local, p.expert_alignment);
+      if (threadIdx.x % 32 == 0) ends[rank] = end;
+    }
+  } else {
+    for (int e = threadIdx.x; e < p.num_experts; e += kDispatchThreads) first[e] = e % num_local * p.expert_capacity;
+    if (p.layout == Layout::kBatched && warp == 0) {
+      int end = 0;
+      for (int e = threadIdx.x; e < num_local; e += 32) end += notify.total[call.rank * num_local + e];
+      end = __reduce_add_sync(~0u, end);
+      if (threadIdx.x == 0) ends[call.rank] = end;
+    }
+  }
+  __syncthreads();
+  if (blockIdx.x == 0) {
+    for (int e = threadIdx.x; e < num_local; e += kDispatchThreads) p.counts[e] = notify.total[call.rank * num_local + e];
+    if (threadIdx.x == 0) {
+      p.counts[num_local] = p.layout == Layout::kRank ? notify.total[p.num_experts + call.rank] : ends[call.rank];
+    }
+  }
+  if (sends) {
+    for (int bin = threadIdx.x; bin < plan.num_bins; bin += kDispatchThreads) {
+      int row = notify.before[bin] + (bin < p.num_experts ? first[bin] : 0);
+      for (int w = 0; w < kDispatchWarps; ++w) {
+        int32_t* next = &notify.hist[w * plan.num_bins + bin];
+        const int count = *next;
+        *next = row;
+        row += count;
+      }
+    }
+  }
+  __syncthreads();
+}
+
+// Layouts "expert" and "batched": slot, the peers' recv_slot and weights of this warp's tokens.
+__device__ inline void WriteExpertSlots(const DispatchPlan& plan, const Call& call, const NotifyShared& notify,
+                                        const DispatchShared& shared) {
+  const DispatchParams& p = plan.params;
+  const int lane = threadIdx.x % 32, num_local = p.num_experts / call.num_ranks;
+  int32_t* next = notify.hist + threadIdx.x / 32 * plan.num_bins;
+  const TokenRange tokens = WarpTokens(plan);
+  const int begin = tokens.begin * p.num_topk, end = tokens.end * p.num_topk;
+  const int64_t mine = static_cast<int64_t>(call.rank) * p.num_tokens * p.num_topk;
+  for (int base = begin; base < end; base += 32) {
+    const int i = base + lane;
+    int expert = i < end ? p.topk_idx[i] : -1;
+    if (expert >= p.num_experts || expert < 0) expert = -1;
+    const uint32_t same = __match_any_sync(~0u, expert);
+    const int position = __popc(same & ((1u << lane) - 1));
+    int row = expert >= 0 ? next[expert] + position : 0;
+    __syncwarp();
+    if (expert >= 0 && position == 0) next[expert] += __popc(same);
+    __syncwarp();
+    const int rank = expert >= 0 ? expert / num_local : -1;
+    const int limit = p.layout == Layout::kBatched ? (expert % num_local + 1) * p.expert_capacity : p.max_recv_tokens;
+    if (expert < 0 || row >= limit) row = -1;
+    if (i >= end) continue;
+    p.slot[i] = row >= 0 ? rank * p.max_recv_tokens + row : -1;
+    for (int n = 0; n < call.num_ranks; ++n) {
+      const int peer = (call.rank + 1 + n) % call.num_ranks;
+      reinterpret_cast<int32_t*>(shared.address[peer][kRecvSlot])[mine + i] = peer == rank ? row : -1;
+    }
+    if (row >= 0 && p.topk_weights != nullptr) {
+      reinterpret_cast<float*>(shared.address[rank][kRecvWeights])[row] = p.topk_weights[i];
+    }
+  }
+}
+
+// Layout "rank": one row a (token, rank), named by all its choices there; they and their gates go along.
+__device__ inline void WriteRankSlots(const DispatchPlan& plan, const Call& call, const NotifyShared& notify,
+                                      const DispatchShared& shared) {
+  const DispatchParams& p = plan.params;
+  const int lane = threadIdx.x % 32, num_local = p.num_experts / call.num_ranks, num_topk = p.num_topk;
+  int32_t* next = notify.hist + threadIdx.x / 32 * plan.num_bins + p.num_experts;
+  int32_t* token_row = notify.token_row + threadIdx.x / 32 * 32 * call.num_ranks;
+  const TokenRange tokens = WarpTokens(plan);
+  const int64_t mine = static_cast<int64_t>(call.rank) * p.num_tokens * num_topk;
+  for (int base = tokens.begin; base < tokens.end; base += 32) {
+    const int token = base + lane;
+    uint32_t ranks = 0;
+    for (int k = 0; k < num_topk && token < tokens.end; ++k) {
+      const int expert = p.topk_idx[token * num_topk + k];
+      if (expert >= 0 && expert < p.num_experts) ranks |= 1u << (expert / num_local);
+    }
+    for (int rank = 0; rank < call.num_ranks; ++rank) {
+      const uint32_t members = __ballot_sync(~0u, ranks >> rank & 1);
+      const int row = next[rank] + __popc(members & ((1u << lane) - 1));
+      token_row[lane * call.num_ranks + rank] = (ranks >> rank & 1) && row < p.max_recv_tokens ? row : -1;
+      __syncwarp();
+      if (lane == 0) next[rank] += __popc(members);
+      __syncwarp();
+    }
+    // Now a lane a choice, so that a row's choices leave in one store.
+    const int num_choices = (min(base + 32, tokens.end) - base) * num_topk;
+    for (int j = lane; j < num_choices; j += 32) {
+      const int i = base * num_topk + j, k = j % num_topk;
+      const int expert = p.topk_idx[i];
+      const int rank = expert >= 0 && expert < p.num_experts ? expert / num_local : -1;
+      const int32_t* rows = token_row + j / num_topk * call.num_ranks;
+      const int row = rank >= 0 ? rows[rank] : -1;
+      p.slot[i] = row >= 0 ? rank * p.max_recv_tokens + row : -1;
+      const float weight = p.topk_weights != nullptr ? p.topk_weights[i] : 0.f;
+      for (int n = 0; n < call.num_ranks; ++n) {
+        const int peer = (call.rank + 1 + n) % call.num_ranks;
+        reinterpret_cast<int32_t*>(shared.address[peer][kRecvSlot])[mine + i] = peer == rank ? row : -1;
+        if (rows[peer] < 0) continue;
+        const int64_t place = static_cast<int64_t>(rows[peer]) * num_topk + k;
+        reinterpret_cast<int32_t*>(shared.address[peer][kRecvTopkIdx])[place] = peer == rank ? expert % num_local : -1;
+        if (p.topk_weights != nullptr) {
+          reinterpret_cast<float*>(shared.address[peer][kRecvWeights])[place] = peer == rank ? weight : 0.f;
+        }
+      }
+    }
+    __syncwarp();
+  }
+}
+
+}  // namespace jax_ep

@@ -1,0 +1,47 @@
+// How a dispatch is laid out over blocks, warps and shared memory. Made by the launcher, read by every role.
+#pragma once
+
+#include "device/wait.cuh"
+#include "dispatch/dispatch.h"
+
+namespace jax_ep {
+
+constexpr int kDispatchWarps = 8;
+constexpr int kDispatchThreads = 32 * kDispatchWarps;
+constexpr int kSendWarps = 2;       // warps 0, 1 of a send block
+constexpr int kPublishWarp = 2;     // of a send block
+constexpr int kFirstCopyWarp = 3;   // of a send block; in the other blocks every warp copies
+constexpr int kMaxSendStages = 16, kMaxCopyStages = 8;
+
+// A row is moved in pieces of at most `bytes`, each through one stage of shared memory.
+struct Pieces {
+  int bytes, per_row, stages, stride;
+};
+
+struct DispatchPlan {
+  DispatchParams params;
+  int num_send_blocks, num_copy_warps, num_bins;
+  Pieces send, copy;
+  int zero_bytes;                            // of shared memory that stay zero
+  int zero_rows_offset, stages_offset;       // into dynamic shared memory
+
+  __host__ __device__ int num_lanes() const { return num_send_blocks * kSendWarps; }
+  // Sending lane s holds tokens [TokenBegin(s), TokenBegin(s + 1)).
+  __host__ __device__ int TokenBegin(int s) const {
+    return static_cast<int>(static_cast<int64_t>(s) * params.num_tokens / num_lanes());
+  }
+};
+
+enum Address { kRecvRows, kRecvRows1, kRecvWeights, kRecvSlot, kRecvTopkIdx };
+
+// Static shared memory of a block.
+struct DispatchShared {
+  uint64_t address[kMaxRanks][kNumAddresses];  // of the peers' results
+  uint64_t send_full[kSendWarps][kMaxSendStages];
+  uint64_t copy_full[kDispatchWarps][kMaxCopyStages];
+  int32_t copy_row[kDispatchWarps][kMaxCopyStages][32];
+  int64_t copy_offset[kDispatchWarps][kMaxCopyStages];
+  uint32_t sent[kSendWarps];                   // 1 + tokens of that lane which have arrived; kDone; kGone
+};
+
+}  // namespace jax_ep

@@ -1,0 +1,164 @@
+#include "group/group.h"
+
+#include <cuda_runtime_api.h>
+
+#include <map>
+#include <mutex>
+#include <stdexcept>
+
+#include "combine/combine.h"
+#include "dispatch/dispatch.h"
+#include "group/barrier.h"
+
+namespace jax_ep {
+namespace {
+
+struct Registry {
+  std::mutex mutex;
+  std::vector<std::unique_ptr<Group>> groups;
+  std::map<std::vector<int>, int64_t> by_devices;
+  uint64_t timeout_ns = 60'000'000'000;
+  std::vector<Status*> statuses;
+};
+
+Registry& TheRegistry() {
+  static Registry* registry = new Registry;  // outlives every handler
+  return *registry;
+}
+
+void Check(const char* what, cudaError_t error) {
+  if (error == cudaSuccess) return;
+  cudaGetLastError();
+  throw std::runtime_error(std::string("jax_ep: making a group failed: ") + what + ": " + cudaGetErrorString(error));
+}
+
+// The calling thread's device is as before when this goes.
+class DeviceGuard {
+ public:
+  DeviceGuard() { Check("cudaGetDevice", cudaGetDevice(&device_)); }
+  ~DeviceGuard() { cudaSetDevice(device_); }
+
+ private:
+  int device_ = 0;
+};
+
+const char* const kOperations[] = {"dispatch", "dispatch_cached", "notify", "combine", "barrier"};
+const char* const kPhases[] = {"meet (the peer's post)", "rows (the peer's progress)", "leave (the peer's end of call)", "refused"};
+
+std::string InWords(const Status& status) {
+  const uint64_t seen = status.seen, epoch = status.epoch;
+  const auto state = [](uint64_t flag) {
+    const uint32_t low = static_cast<uint32_t>(flag);
+    return low == kGone ? std::string("gone") : low == kDone ? std::string("done") : std::to_string(low);
+  };
+  std::string text = std::string(kOperations[status.operation]) + ": rank " + std::to_string(status.rank) + " waited for rank " +
+                     std::to_string(status.peer) + " in phase " + kPhases[status.phase] + ", lane " + std::to_string(status.lane) +
+                     ", call " + std::to_string(epoch) + " of the group, for state " + state(status.expected) + "; ";
+  if (seen >> 32 > epoch) return text + "that rank is already in call " + std::to_string(seen >> 32) + ", so it has given this one up";
+  if (seen >> 32 == epoch && static_cast<uint32_t>(seen) == kGone) return text + "that rank has given up";
+  text += "after " + std::to_string(status.timeout_ns / 1'000'000) + " ms it saw ";
+  if (seen >> 32 < epoch) return text + "nothing of this call (that rank was last seen in call " + std::to_string(seen >> 32) + ")";
+  return text + "state " + state(seen);
+}
+
+}  // namespace
+
+Group::Group(int64_t id, const std::vector<int>& devices) : id_(id), ranks_(devices.size()) {
+  if (devices.empty() || devices.size() > kMaxRanks) {
+    throw std::runtime_error("jax_ep: a group must have 1 to " + std::to_string(kMaxRanks) + " ranks, got " + std::to_string(devices.size()));
+  }
+  DeviceGuard guard;
+  for (size_t i = 0; i < devices.size(); ++i) {
+    Rank& rank = ranks_[i];
+    rank.device = devices[i];
+    rank.reported.resize(devices.size());
+    Check("cudaSetDevice", cudaSetDevice(devices[i]));
+    for (int peer : devices) {
+      if (peer == devices[i]) continue;
+      const cudaError_t error = cudaDeviceEnablePeerAccess(peer, 0);
+      if (error == cudaErrorPeerAccessAlreadyEnabled) {
+        cudaGetLastError();
+      } else {
+        Check("cudaDeviceEnablePeerAccess", error);
+      }
+    }
+    Check("cudaMalloc", cudaMalloc(reinterpret_cast<void**>(&rank.window), sizeof(Window)));
+    Check("cudaMemset", cudaMemset(rank.window, 0, sizeof(Window)));
+    Check("cudaMalloc", cudaMalloc(reinterpret_cast<void**>(&rank.view), sizeof(GroupView)));
+    Check("cudaHostAlloc", cudaHostAlloc(reinterpret_cast<void**>(&rank.status), sizeof(Status), cudaHostAllocMapped | cudaHostAllocPortable));
+    *rank.status = Status{};
+    rank.status->timeout_ns = TheRegistry().timeout_ns;
+    TheRegistry().statuses.push_back(rank.status);
+    // A kernel first loaded while a peer's kernel waits for it would never run.
+    Check("loading dispatch", LoadDispatch());
+    Check("loading combine", LoadCombine());
+    Check("loading barrier", LoadBarrier());
+  }
+  for (size_t i = 0; i < ranks_.size(); ++i) {
+    GroupView view{};
+    view.rank = static_cast<int>(i);
+    view.num_ranks = num_ranks();
+    view.status = ranks_[i].status;
+    for (size_t peer = 0; peer < ranks_.size(); ++peer) view.window[peer] = ranks_[peer].window;
+    Check("cudaSetDevice", cudaSetDevice(ranks_[i].device));
+    Check("cudaMemcpy", cudaMemcpy(ranks_[i].view, &view, sizeof view, cudaMemcpyHostToDevice));
+  }
+  for (const Rank& rank : ranks_) {
+    Check("cudaSetDevice", cudaSetDevice(rank.device));
+    Check("cudaStreamSynchronize", cudaStreamSynchronize(nullptr));
+  }
+}
+
+Group& Group::OfDevices(const std::vector<int>& devices) {
+  Registry& registry = TheRegistry();
+  std::lock_guard<std::mutex> lock(registry.mutex);
+  const auto found = registry.by_devices.find(devices);
+  if (found != registry.by_devices.end()) return *registry.groups[found->second];
+  const int64_t id = static_cast<int64_t>(registry.groups.size());
+  registry.groups.push_back(std::unique_ptr<Group>(new Group(id, devices)));
+  registry.by_devices[devices] = id;
+  return *registry.groups[id];
+}
+
+Group* Group::Find(int64_t id) {
+  Registry& registry = TheRegistry();
+  std::lock_guard<std::mutex> lock(registry.mutex);
+  return id >= 0 && id < static_cast<int64_t>(registry.groups.size()) ? registry.groups[id].get() : nullptr;
+}
+
+void Group::SetTimeout(double seconds) {
+  Registry& registry = TheRegistry();
+  std::lock_guard<std::mutex> lock(registry.mutex);
+  registry.timeout_ns = static_cast<uint64_t>(seconds * 1e9);
+  for (Status* status : registry.statuses) status->timeout_ns = registry.timeout_ns;
+}
+
+bool Group::HavePeerAccess(const std::vector<int>& devices) {
+  for (int a : devices) {
+    for (int b : devices) {
+      int can = 1;
+      if (a != b && (cudaDeviceCanAccessPeer(&can, a, b) != cudaSuccess || can == 0)) return false;
+    }
+  }
+  return true;
+}
+
+int Group::RankOf(int device) const {
+  for (size_t i = 0; i < ranks_.size(); ++i) {
+    if (ranks_[i].device == device) return static_cast<int>(i);
+  }
+  return -1;
+}
+
+std::string Group::TakeFailure(int rank) {
+  std::string text;
+  for (size_t i = 0; i < ranks_.size(); ++i) {
+    const uint32_t failures = ranks_[i].status->failures;
+    if (failures == ranks_[rank].reported[i]) continue;
+    ranks_[rank].reported[i] = failures;
+    text += (text.empty() ? "" : "; ") + InWords(*ranks_[i].status);
+  }
+  return text;
+}
+
+}  // namespace jax_ep

@@ -1,0 +1,55 @@
+// What ranks share: one Window a rank, at a fixed address for the life of the group. docs/protocol.md explains each field.
+// The only place that knows the layout, for host and device; GroupView is how a kernel finds the windows.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace jax_ep {
+
+constexpr int kMaxRanks = 32;       // one warp lane a rank
+constexpr int kMaxLanes = 192;      // flag rows a rank: more than a GPU has multiprocessors
+constexpr int kMaxSendBlocks = 16;  // blocks that count and send in a dispatch
+constexpr int kMaxBins = 2080;      // counts a send block publishes: experts, and ranks in layout "rank"
+constexpr int kNumAddresses = 8;
+
+// Flags are epoch << 32 | state and only grow within an epoch.
+constexpr uint32_t kPosted = 1;
+constexpr uint32_t kDone = 0x7fffffff;
+constexpr uint32_t kGone = 0xffffffff;
+
+struct Mail {
+  uint64_t address[kNumAddresses];
+};
+
+struct Window {
+  // Own kernels only.
+  uint64_t epoch;
+  uint64_t failed_epoch;
+  unsigned int exits;
+  // Written by peers, indexed by the writer.
+  alignas(128) uint64_t post[2][kMaxRanks][kMaxLanes];
+  uint64_t progress[kMaxRanks][kMaxLanes];
+  Mail mail[2][kMaxRanks][kMaxLanes];
+  alignas(128) int32_t counts[2][kMaxRanks][kMaxSendBlocks][kMaxBins];
+};
+
+// In host memory that the device maps: how long to wait, and after a failure who waited for whom. `failures` is stored last.
+struct Status {
+  volatile uint64_t timeout_ns;
+  volatile uint32_t failures;
+  volatile uint32_t operation, phase;
+  volatile int32_t rank, peer, lane;
+  volatile uint64_t epoch, expected, seen;
+};
+
+struct GroupView {
+  int32_t rank, num_ranks;
+  Status* status;
+  Window* window[kMaxRanks];
+};
+
+enum Operation : uint32_t { kDispatch, kDispatchCached, kNotify, kCombine, kBarrier };
+enum Phase : uint32_t { kMeet, kRows, kLeave, kRefused };
+
+}  // namespace jax_ep

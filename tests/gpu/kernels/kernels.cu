@@ -1,0 +1,561 @@
+// The kernels without XLA: every rank a stream of this process, several ranks on one GPU where there are fewer GPUs than ranks.
+//
+//   kernels check [seed count]         named and random cases against oracle.h, bitwise, each call twice
+//   kernels small                      a few small cases, for compute-sanitizer
+//   kernels timeout                    one rank does not call: the others must say so, and later calls must be right
+//   kernels bench CEILING_FILE         times of whole calls and their ratio to the push ceiling (benchmarks/p2p_ceiling.cu)
+#include <algorithm>
+#include <chrono>
+#include <cstdio>
+#include <cstdlib>
+#include <fstream>
+#include <map>
+#include <thread>
+
+#include "group/barrier.h"
+#include "group/group.h"
+#include "oracle.h"
+
+using namespace jax_ep;
+
+namespace {
+
+#define CHECK_CUDA(call)                                                                      \
+  do {                                                                                        \
+    const cudaError_t error_ = (call);                                                        \
+    if (error_ != cudaSuccess) {                                                              \
+      std::printf("%s:%d %s: %s\n", __FILE__, __LINE__, #call, cudaGetErrorString(error_));   \
+      std::fflush(stdout);                                                                    \
+      std::_Exit(2);                                                                          \
+    }                                                                                         \
+  } while (0)
+
+int g_num_devices = 0;
+
+// Device memory of one rank, freed together.
+class Memory {
+ public:
+  explicit Memory(int device) : device_(device) {}
+  ~Memory() {
+    cudaSetDevice(device_);
+    for (void* p : blocks_) cudaFree(p);
+  }
+  template <class T>
+  T* Make(int64_t count, int poison) {
+    CHECK_CUDA(cudaSetDevice(device_));
+    void* p = nullptr;
+    CHECK_CUDA(cudaMalloc(&p, std::max<int64_t>(count * sizeof(T), 256)));
+    CHECK_CUDA(cudaMemset(p, poison, std::max<int64_t>(count * sizeof(T), 256)));
+    blocks_.push_back(p);
+    return static_cast<T*>(p);
+  }
+  template <class T>
+  T* Put(const std::vector<T>& host) {
+    T* p = Make<T>(host.size(), 0);
+    CHECK_CUDA(cudaMemcpy(p, host.data(), host.size() * sizeof(T), cudaMemcpyHostToDevice));
+    return p;
+  }
+
+ private:
+  int device_;
+  std::vector<void*> blocks_;
+};
+
+struct Ranks {
+  Group& group;
+  std::vector<int> device;
+  std::vector<cudaStream_t> stream;
+
+  static Ranks& Of(int num_ranks) {
+    static std::map<int, Ranks*> all;
+    if (all[num_ranks] == nullptr) {
+      std::vector<int> devices(num_ranks);
+      for (int i = 0; i < num_ranks; ++i) devices[i] = i % g_num_devices;
+      auto* ranks = new Ranks{Group::OfDevices(devices), devices, std::vector<cudaStream_t>(num_ranks)};
+      for (int i = 0; i < num_ranks; ++i) {
+        CHECK_CUDA(cudaSetDevice(devices[i]));
+        CHECK_CUDA(cudaStreamCreateWithFlags(&ranks->stream[i], cudaStreamNonBlocking));
+      }
+      all[num_ranks] = ranks;
+    }
+    return *all[num_ranks];
+  }
+
+  // A host thread a rank, as under XLA: with a tool that makes launches wait, one thread could not launch the second rank.
+  template <class F>
+  void Launch(F launch) {
+    std::vector<std::thread> threads;
+    for (size_t i = 0; i < device.size(); ++i) {
+      threads.emplace_back([&, i] {
+        CHECK_CUDA(cudaSetDevice(device[i]));
+        CHECK_CUDA(launch(static_cast<int>(i), stream[i]));
+      });
+    }
+    for (auto& thread : threads) thread.join();
+  }
+
+  bool Wait(double seconds = 100) {
+    const auto start = std::chrono::steady_clock::now();
+    for (size_t i = 0; i < stream.size(); ++i) {
+      CHECK_CUDA(cudaSetDevice(device[i]));
+      cudaError_t error;
+      while ((error = cudaStreamQuery(stream[i])) == cudaErrorNotReady) {
+        if (std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count() > seconds) {
+          std::printf("HANG: rank %zu did not finish\n", i);
+          std::fflush(stdout);
+          std::_Exit(3);
+        }
+      }
+      CHECK_CUDA(error);
+    }
+    const std::string failure = group.TakeFailure(0);
+    for (size_t i = 1; i < stream.size(); ++i) group.TakeFailure(i);
+    if (!failure.empty()) std::printf("  failure: %s\n", failure.c_str());
+    return failure.empty();
+  }
+};
+
+std::vector<char> RandomRows(const Case& c, int64_t rows, std::mt19937& random) {
+  // From a table: big cases would spend their time in the generator.
+  constexpr int kTable = 4096;
+  std::vector<char> bytes(rows * c.row_bytes()), table(kTable * c.elem_bytes());
+  std::uniform_real_distribution<float> uniform(-1, 1);
+  for (int i = 0; i < kTable; ++i) Store(c.dtype, &table[i * c.elem_bytes()], uniform(random));
+  uint64_t state = random();
+  for (int64_t i = 0; i < rows * c.hidden; ++i) {
+    state = state * 6364136223846793005u + 1442695040888963407u;
+    std::memcpy(&bytes[i * c.elem_bytes()], &table[(state >> 52) * c.elem_bytes()], c.elem_bytes());
+  }
+  return bytes;
+}
+
+template <class T>
+bool Same(const char* what, int rank, const T* device, const std::vector<T>& expected, int64_t row = 1, int stride = 1) {
+  std::vector<T> got(expected.size());
+  CHECK_CUDA(cudaMemcpy(got.data(), device, got.size() * sizeof(T), cudaMemcpyDeviceToHost));
+  if (std::memcmp(got.data(), expected.data(), got.size() * sizeof(T)) == 0) return true;
+  int64_t wrong = 0, first = -1;
+  for (size_t i = 0; i < got.size(); ++i) {
+    if (stride > 1 && (static_cast<int64_t>(i) / row) % stride != 0) continue;
+    if (std::memcmp(&got[i], &expected[i], sizeof(T)) != 0 && wrong++ == 0) first = i;
+  }
+  if (wrong == 0) return true;
+  std::printf("  WRONG %s on rank %d: %lld of %zu, first at %lld (row %lld): got %g, expected %g\n", what, rank, (long long)wrong,
+              got.size(), (long long)first, (long long)(first / row), double(got[first]), double(expected[first]));
+  return false;
+}
+
+// All device arrays of one rank for one case.
+struct Arrays {
+  DispatchParams dispatch{};
+  CombineParams combine{};
+};
+
+Arrays MakeArrays(const Case& c, Memory& memory, const GroupView* view, bool with_combine) {
+  Arrays a;
+  const int64_t C = c.capacity, per_row = c.layout == Layout::kRank ? c.num_topk : 1;
+  DispatchParams& d = a.dispatch;
+  d.group = view;
+  d.operation = kDispatch;
+  d.layout = c.layout;
+  d.num_tokens = c.num_tokens, d.num_topk = c.num_topk, d.num_experts = c.num_experts, d.max_recv_tokens = c.capacity;
+  d.expert_alignment = c.alignment, d.expert_capacity = c.expert_capacity;
+  d.num_row_arrays = c.second_bytes > 0 ? 2 : 1;
+  d.rows[0] = {nullptr, memory.Make<char>(C * c.row_bytes(), 0xab), c.row_bytes()};
+  if (c.second_bytes > 0) d.rows[1] = {nullptr, memory.Make<char>(C * c.second_bytes, 0xab), c.second_bytes};
+  d.slot = memory.Make<int32_t>(c.choices(), 0xab);
+  d.recv_slot = memory.Make<int32_t>(c.num_ranks * c.choices(), 0xab);
+  d.counts = memory.Make<int32_t>(c.num_local() + 1, 0xab);
+  if (c.layout == Layout::kRank) d.recv_topk_idx = memory.Make<int32_t>(C * c.num_topk, 0xab);
+  if (c.weights) d.recv_weights = memory.Make<float>(C * per_row, 0xab);
+  if (!with_combine) return a;
+  CombineParams& b = a.combine;
+  b.group = view;
+  b.one_row_a_rank = c.layout == Layout::kRank;
+  b.dtype = c.dtype;
+  b.num_tokens = c.num_tokens, b.num_topk = c.num_topk, b.max_recv_tokens = c.capacity;
+  b.row_bytes = c.row_bytes();
+  b.slot = d.slot, b.recv_slot = d.recv_slot;
+  b.out = memory.Make<char>(c.num_tokens * c.row_bytes(), 0xab);
+  b.carried_back = memory.Make<float>(c.choices(), 0xab);
+  if (!b.one_row_a_rank && c.num_ranks > 1) {
+    b.scratch = memory.Make<char>(static_cast<int64_t>(c.num_ranks - 1) * c.num_tokens * c.row_bytes(), 0xab);
+  }
+  return a;
+}
+
+bool CheckCase(Case c, int stride = 1) {
+  Finish(c);
+  const int R = c.num_ranks;
+  Ranks& ranks = Ranks::Of(R);
+  std::mt19937 random(c.seed + 77);
+  const auto routing = Route(c);
+  std::vector<std::unique_ptr<Memory>> memory;
+  std::vector<Arrays> arrays;
+  std::vector<std::vector<char>> x(R), x_again(R), second(R), y(R);
+  std::vector<std::vector<float>> weights(R), gates(R), carried(R);
+  const int64_t per_row = c.layout == Layout::kRank ? c.num_topk : 1;
+  std::uniform_real_distribution<float> uniform(-1, 1);
+  for (int r = 0; r < R; ++r) {
+    x[r] = RandomRows(c, c.num_tokens, random);
+    x_again[r] = RandomRows(c, c.num_tokens, random);
+    y[r] = RandomRows(c, c.capacity, random);
+    second[r].resize(c.num_tokens * c.second_bytes);
+    for (char& byte : second[r]) byte = static_cast<char>(random());
+    weights[r].resize(c.choices());
+    gates[r].resize(c.capacity);
+    carried[r].resize(c.capacity * per_row);
+    for (auto* list : {&weights[r], &gates[r], &carried[r]}) {
+      for (float& value : *list) value = uniform(random);
+    }
+    memory.push_back(std::make_unique<Memory>(ranks.device[r]));
+    arrays.push_back(MakeArrays(c, *memory[r], ranks.group.view(r), true));
+    DispatchParams& d = arrays[r].dispatch;
+    d.topk_idx = memory[r]->Put(routing[r].topk_idx);
+    if (c.weights) d.topk_weights = memory[r]->Put(weights[r]);
+    arrays[r].combine.y = memory[r]->Put(y[r]);
+  }
+  if (!DispatchFits(arrays[0].dispatch, R) || !CombineFits(arrays[0].combine, R)) {
+    std::printf("%-40s does not fit\n", c.name.c_str());
+    return false;
+  }
+  std::vector<const char*> x_device(R), x_again_device(R), second_device(R);
+  std::vector<const float*> gates_device(R), carried_device(R);
+  for (int r = 0; r < R; ++r) {
+    x_device[r] = memory[r]->Put(x[r]), x_again_device[r] = memory[r]->Put(x_again[r]);
+    second_device[r] = memory[r]->Put(second[r]);
+    gates_device[r] = memory[r]->Put(gates[r]), carried_device[r] = memory[r]->Put(carried[r]);
+  }
+  for (int device = 0; device < g_num_devices; ++device) {
+    CHECK_CUDA(cudaSetDevice(device));
+    CHECK_CUDA(cudaDeviceSynchronize());
+  }
+  DispatchConfig dispatch_config;
+  dispatch_config.num_sms = c.num_sms, dispatch_config.num_send_blocks = c.num_send_blocks;
+  CombineConfig combine_config;
+  combine_config.num_sms = c.num_sms;
+
+  bool ok = true;
+  const auto check_rows = [&](const char* what, const std::vector<std::vector<char>>& source, bool all) {
+    for (int r = 0; r < R; ++r) {
+      CHECK_CUDA(cudaSetDevice(ranks.device[r]));
+      const DispatchParams& d = arrays[r].dispatch;
+      ok &= Same(what, r, d.rows[0].recv, ReceivedRows(c, routing, r, c.row_bytes(), source), c.row_bytes());
+      if (c.second_bytes > 0) ok &= Same("second array", r, d.rows[1].recv, ReceivedRows(c, routing, r, c.second_bytes, second), c.second_bytes);
+      if (c.weights) ok &= Same("weights", r, d.recv_weights, ReceivedWeights(c, routing, r, weights));
+      if (!all) continue;
+      ok &= Same("slot", r, d.slot, routing[r].slot, c.num_topk);
+      ok &= Same("recv_slot", r, d.recv_slot, routing[r].recv_slot, c.num_topk);
+      ok &= Same("counts", r, d.counts, routing[r].counts);
+      if (c.layout == Layout::kRank) ok &= Same("recv_topk_idx", r, d.recv_topk_idx, routing[r].recv_topk_idx, c.num_topk);
+    }
+  };
+  const auto poison = [&] {
+    for (int r = 0; r < R; ++r) {
+      CHECK_CUDA(cudaSetDevice(ranks.device[r]));
+      CHECK_CUDA(cudaMemset(arrays[r].dispatch.rows[0].recv, 0xab, c.capacity * c.row_bytes()));
+      CHECK_CUDA(cudaMemset(arrays[r].combine.out, 0xab, c.num_tokens * c.row_bytes()));
+      CHECK_CUDA(cudaDeviceSynchronize());
+    }
+  };
+  for (int repeat = 0; repeat < 2 && ok; ++repeat) {
+    poison();
+    ranks.Launch([&](int r, cudaStream_t stream) {
+      DispatchParams d = arrays[r].dispatch;
+      d.rows[0].x = x_device[r], d.rows[1].x = second_device[r];
+      return LaunchDispatch(d, R, dispatch_config, stream);
+    });
+    ok &= ranks.Wait();
+    check_rows("dispatch", x, true);
+  }
+  poison();
+  ranks.Launch([&](int r, cudaStream_t stream) {
+    DispatchParams d = arrays[r].dispatch;
+    d.operation = kDispatchCached;
+    d.topk_idx = nullptr;
+    d.rows[0].x = x_again_device[r], d.rows[1].x = second_device[r];
+    return LaunchDispatch(d, R, dispatch_config, stream);
+  });
+  ok &= ranks.Wait();
+  check_rows("dispatch_cached", x_again, true);
+  for (int weighted = 0; weighted < (c.layout == Layout::kRank ? 1 : 2); ++weighted) {
+    poison();
+    ranks.Launch([&](int r, cudaStream_t stream) {
+      CombineParams b = arrays[r].combine;
+      b.weights = weighted ? gates_device[r] : nullptr;
+      b.carried = carried_device[r];
+      return LaunchCombine(b, combine_config, stream);
+    });
+    ok &= ranks.Wait();
+    for (int r = 0; r < R; ++r) {
+      CHECK_CUDA(cudaSetDevice(ranks.device[r]));
+      ok &= Same(weighted ? "combine weighted" : "combine", r, arrays[r].combine.out,
+                 Combined(c, routing, r, y, weighted ? &gates : nullptr, stride), c.row_bytes(), stride);
+      ok &= Same("carried_back", r, arrays[r].combine.carried_back, CarriedBack(c, routing, r, carried));
+    }
+  }
+  ranks.Launch([&](int r, cudaStream_t stream) { return LaunchBarrier(ranks.group.view(r), false, stream); });
+  ok &= ranks.Wait();
+  std::printf("%-44s R %d T %5d K %2d E %4d C %6d H %5lld sms %2d: %s\n", c.name.c_str(), R, c.num_tokens, c.num_topk, c.num_experts,
+              c.capacity, (long long)c.hidden, c.num_sms, ok ? "ok" : "FAILED");
+  std::fflush(stdout);
+  return ok;
+}
+
+std::vector<Case> SmallCases(int R) {
+  const auto bf16 = RowDtype::kBfloat16;
+  std::vector<Case> cases = {
+      {"expert", R, 37, 3, 4 * R, Layout::kExpert, 1, 0, 0, bf16, 128},
+      {"expert aligned, drops, second array", R, 64, 4, 2 * R, Layout::kExpert, 16, 0, 40 * R, RowDtype::kFloat16, 2880, 23},
+      {"rank, drops", R, 50, 4, 4 * R, Layout::kRank, 1, 0, 40 * R, RowDtype::kFloat32, 64, 16},
+      {"batched, drops", R, 33, 2, 2 * R, Layout::kBatched, 1, 9 * R, 0, bf16, 256, 12},
+      {"tiny rows, all to expert 0", R, 70, 2, 2 * R, Layout::kExpert, 8, 0, 0, RowDtype::kFloat32, 4, 0, true, 0.9},
+      {"long rows", R, 19, 2, 2 * R, Layout::kExpert, 4, 0, 0, bf16, 20000},
+  };
+  for (Case& c : cases) c.num_sms = 3, c.num_send_blocks = 2;
+  return cases;
+}
+
+Case RandomCase(std::mt19937& random) {
+  const auto pick = [&](std::vector<int> values) { return values[random() % values.size()]; };
+  Case c;
+  c.name = "random";
+  c.num_ranks = pick({1, 2, 2, 3, 4, 4, 5, 8});
+  c.num_tokens = pick({1, 2, 7, 31, 64, 128, 200, 513});
+  c.num_topk = pick({1, 2, 3, 4, 6, 8, 8, 16, 32});
+  c.num_experts = c.num_ranks * pick({1, 2, 3, 8, 32, 40});
+  while (c.num_experts < c.num_topk) c.num_experts *= 2;
+  c.layout = static_cast<Layout>(pick({0, 0, 1, 2}));
+  c.alignment = pick({1, 1, 8, 64, 128});
+  c.expert_capacity = c.layout == Layout::kBatched ? pick({0, 5, 64}) : 0;
+  c.capacity = pick({0, 0, 100, 1000});
+  if (c.layout == Layout::kBatched) c.capacity = 0;
+  c.dtype = static_cast<RowDtype>(pick({0, 0, 1, 2}));
+  c.hidden = 8 * pick({1, 1, 3, 16, 64, 100, 360, 896, 1500});
+  if (int64_t(c.num_ranks) * c.num_tokens * c.num_topk * c.hidden > 64 << 20) c.hidden = 128;
+  c.second_bytes = pick({0, 0, 1, 16, 28, 92, 224});
+  c.weights = pick({0, 1, 1});
+  c.skew = pick({0, 0, 0, 1}) * 0.7;
+  c.invalid = pick({0, 1}) * 0.1;
+  c.num_sms = pick({1, 2, 5, 12, 16});
+  c.num_send_blocks = pick({1, 2, 3, 12});
+  c.seed = random();
+  return c;
+}
+
+int Check(int argc, char** argv) {
+  bool ok = true;
+  for (int R : {1, 2, 3, 4, 8}) {
+    for (const Case& c : SmallCases(R)) ok &= CheckCase(c);
+  }
+  const auto bf16 = RowDtype::kBfloat16;
+  Case models[] = {
+      {"DeepSeek-V3 expert", 2, 4096, 8, 256, Layout::kExpert, 128, 0, 40960, bf16, 7168, 0, true, 0, 0, 24, 12},
+      {"DeepSeek-V3 rank", 2, 4096, 8, 256, Layout::kRank, 1, 0, 0, bf16, 7168, 0, true, 0, 0, 24, 12},
+      {"GPT-OSS batched, four ranks", 4, 1024, 4, 128, Layout::kBatched, 1, 256, 0, bf16, 2880, 0, true, 0, 0.02, 24, 12},
+  };
+  for (const Case& c : models) ok &= CheckCase(c, 37);
+  std::mt19937 random(argc > 2 ? std::atoi(argv[2]) : 1);
+  const int count = argc > 3 ? std::atoi(argv[3]) : 60;
+  int wrong = 0;
+  for (int i = 0; i < count; ++i) wrong += !CheckCase(RandomCase(random));
+  std::printf("%s\n", ok && wrong == 0 ? "CHECK OK" : "CHECK FAILED");
+  return ok && wrong == 0 ? 0 : 1;
+}
+
+int Small() {
+  bool ok = true;
+  for (const Case& c : SmallCases(2)) ok &= CheckCase(c);
+  std::printf("%s\n", ok ? "SMALL OK" : "SMALL FAILED");
+  return ok ? 0 : 1;
+}
+
+int Timeout() {
+  Group::SetTimeout(0.5);
+  Case c{"before and after a timeout", 2, 100, 4, 16, Layout::kExpert, 8, 0, 0, RowDtype::kBfloat16, 512};
+  bool ok = CheckCase(c);
+  Finish(c);
+  Ranks& ranks = Ranks::Of(2);
+  const auto routing = Route(c);
+  for (int missing = 0; missing < 2; ++missing) {
+    for (int late = 0; late < 2; ++late) {
+      std::vector<std::unique_ptr<Memory>> memory;
+      std::vector<Arrays> arrays;
+      for (int r = 0; r < 2; ++r) {
+        memory.push_back(std::make_unique<Memory>(ranks.device[r]));
+        arrays.push_back(MakeArrays(c, *memory[r], ranks.group.view(r), true));
+        DispatchParams& d = arrays[r].dispatch;
+        d.topk_idx = memory[r]->Put(routing[r].topk_idx);
+        d.rows[0].x = memory[r]->Make<char>(c.num_tokens * c.row_bytes(), 1);
+        if (c.weights) d.topk_weights = memory[r]->Make<float>(c.choices(), 0);
+        CHECK_CUDA(cudaDeviceSynchronize());
+      }
+      const auto launch = [&](int r) {
+        CHECK_CUDA(cudaSetDevice(ranks.device[r]));
+        CHECK_CUDA(LaunchDispatch(arrays[r].dispatch, 2, DispatchConfig{8, 4}, ranks.stream[r]));
+      };
+      launch(1 - missing);
+      if (late == 1) {
+        std::this_thread::sleep_for(std::chrono::milliseconds(1500));  // past the deadline: must not pair with what is left
+        launch(missing);
+      }
+      const bool told = !ranks.Wait(30);
+      CHECK_CUDA(cudaSetDevice(ranks.device[1 - missing]));
+      const bool zero = Same("result after a timeout", 1 - missing, arrays[1 - missing].dispatch.rows[0].recv,
+                             std::vector<char>(c.capacity * c.row_bytes(), 0));
+      bool untouched = true;
+      if (late == 0) launch(missing), untouched = !ranks.Wait(30);  // catches up, alone: must fail too
+      std::printf("rank %d %s: told %d, zero %d, late call failed %d\n", missing, late ? "late" : "missing", told, zero, untouched);
+      ok &= told && zero && untouched;
+    }
+  }
+  ok &= CheckCase(c);
+  // A refused call keeps epochs in step and is quick.
+  const auto start = std::chrono::steady_clock::now();
+  ranks.Launch([&](int r, cudaStream_t stream) { return LaunchBarrier(ranks.group.view(r), true, stream); });
+  ranks.Wait(30);
+  ok &= std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count() < 0.2;
+  ok &= CheckCase(c);
+  std::printf("%s\n", ok ? "TIMEOUT OK" : "TIMEOUT FAILED");
+  return ok ? 0 : 1;
+}
+
+// Median over repeats of the slowest rank's time a call, in µs, calls back to back.
+template <class F>
+double Time(Ranks& ranks, F launch, int calls = 10, int repeats = 5) {
+  const size_t n = ranks.device.size();
+  std::vector<cudaEvent_t> begin(n), end(n);
+  std::vector<double> times;
+  const auto each = [&](auto body) {
+    for (size_t i = 0; i < n; ++i) {
+      CHECK_CUDA(cudaSetDevice(ranks.device[i]));
+      body(i);
+    }
+  };
+  each([&](size_t i) {
+    CHECK_CUDA(cudaEventCreate(&begin[i]));
+    CHECK_CUDA(cudaEventCreate(&end[i]));
+  });
+  for (int k = 0; k < 3; ++k) each([&](size_t i) { CHECK_CUDA(launch(static_cast<int>(i), ranks.stream[i])); });
+  for (int repeat = 0; repeat < repeats; ++repeat) {
+    if (!ranks.Wait()) return -1;
+    each([&](size_t i) { CHECK_CUDA(launch(static_cast<int>(i), ranks.stream[i])); });
+    each([&](size_t i) { CHECK_CUDA(cudaEventRecord(begin[i], ranks.stream[i])); });
+    for (int k = 0; k < calls; ++k) each([&](size_t i) { CHECK_CUDA(launch(static_cast<int>(i), ranks.stream[i])); });
+    each([&](size_t i) { CHECK_CUDA(cudaEventRecord(end[i], ranks.stream[i])); });
+    if (!ranks.Wait()) return -1;
+    double slowest = 0;
+    each([&](size_t i) {
+      float ms;
+      CHECK_CUDA(cudaEventElapsedTime(&ms, begin[i], end[i]));
+      slowest = std::max(slowest, ms * 1e3 / calls);
+    });
+    times.push_back(slowest);
+  }
+  each([&](size_t i) { cudaEventDestroy(begin[i]), cudaEventDestroy(end[i]); });
+  std::sort(times.begin(), times.end());
+  return times[times.size() / 2];
+}
+
+int Bench(const char* ceiling_file) {
+  std::map<int, double> ceiling;  // GB/s
+  std::ifstream file(ceiling_file);
+  for (int sms; file >> sms;) file >> ceiling[sms];
+  if (g_num_devices < 2) return std::printf("bench needs two GPUs\n"), 1;
+  const auto bf16 = RowDtype::kBfloat16;
+  std::vector<Case> cases = {
+      {"DSV3 rank", 2, 4096, 8, 256, Layout::kRank, 1, 0, 0, bf16, 7168},
+      {"DSV3 expert x1.25", 2, 4096, 8, 256, Layout::kExpert, 1, 0, 40960, bf16, 7168},
+      {"DSV3 fp8-sized rank", 2, 4096, 8, 256, Layout::kRank, 1, 0, 0, bf16, 3584, 224},
+      {"top-2 of 8 expert x1.25", 2, 4096, 2, 8, Layout::kExpert, 1, 0, 10240, bf16, 4096},
+      {"GPT-OSS expert x1.25", 2, 4096, 4, 128, Layout::kExpert, 1, 0, 20480, bf16, 2880},
+      {"DSV3 128 tokens rank", 2, 128, 8, 256, Layout::kRank, 1, 0, 0, bf16, 7168},
+  };
+  std::printf("%-24s %4s %6s | %9s %5s | %9s %5s | %9s %5s | %9s %5s | ceiling us (µs a call, share of the ceiling)\n", "case", "sms", "send",
+              "dispatch", "", "cached", "", "combine", "", "weighted", "");
+  for (Case c : cases) {
+    c.invalid = 0;
+    Finish(c);
+    Ranks& ranks = Ranks::Of(2);
+    const auto routing = Route(c);
+    std::vector<std::unique_ptr<Memory>> memory;
+    std::vector<Arrays> arrays;
+    int64_t rows_sent = 0, most = 0;
+    for (int r = 0; r < 2; ++r) {
+      memory.push_back(std::make_unique<Memory>(ranks.device[r]));
+      arrays.push_back(MakeArrays(c, *memory[r], ranks.group.view(r), true));
+      DispatchParams& d = arrays[r].dispatch;
+      d.topk_idx = memory[r]->Put(routing[r].topk_idx);
+      d.rows[0].x = memory[r]->Make<char>(c.num_tokens * c.row_bytes(), 0x3c);
+      if (c.second_bytes > 0) d.rows[1].x = memory[r]->Make<char>(c.num_tokens * c.second_bytes, 1);
+      d.topk_weights = memory[r]->Make<float>(c.choices(), 0x3c);
+      std::mt19937 random(r);
+      std::vector<uint16_t> values(static_cast<int64_t>(c.capacity) * c.hidden);
+      for (auto& value : values) value = 0x3f00 | (random() & 0x80ff);
+      arrays[r].combine.y = reinterpret_cast<char*>(memory[r]->Put(values));
+      rows_sent = 0;
+      for (int t = 0; t < c.num_tokens; ++t) {
+        bool there = false;
+        for (int k = 0; k < c.num_topk; ++k) {
+          const int slot = routing[r].slot[t * c.num_topk + k];
+          there |= slot >= 0 && slot / c.capacity != r;
+        }
+        rows_sent += there;
+      }
+      most = std::max(most, rows_sent);
+    }
+    std::vector<float*> gates;
+    for (int r = 0; r < 2; ++r) arrays[r].combine.carried_back = nullptr;
+    for (int r = 0; r < 2; ++r) gates.push_back(memory[r]->Make<float>(c.capacity, 0x3c));
+    for (int sms : {8, 12, 16, 24, 64}) {
+      for (int send : {8, 10, 12, 16}) {
+        if (send > sms || (sms == 8 && send != 8) || (sms > 8 && send == 8) || (sms == 64 && send != 12)) continue;
+        DispatchConfig dispatch_config;
+        dispatch_config.num_sms = sms, dispatch_config.num_send_blocks = send;
+        CombineConfig combine_config;
+        combine_config.num_sms = sms;
+        const double dispatch = Time(ranks, [&](int r, cudaStream_t s) { return LaunchDispatch(arrays[r].dispatch, 2, dispatch_config, s); });
+        const double cached = Time(ranks, [&](int r, cudaStream_t s) {
+          DispatchParams d = arrays[r].dispatch;
+          d.operation = kDispatchCached;
+          return LaunchDispatch(d, 2, dispatch_config, s);
+        });
+        double combine = 0, weighted = 0;
+        if (send == std::min(sms, 12)) {
+          combine = Time(ranks, [&](int r, cudaStream_t s) { return LaunchCombine(arrays[r].combine, combine_config, s); });
+          if (c.layout != Layout::kRank) {
+            weighted = Time(ranks, [&](int r, cudaStream_t s) {
+              CombineParams b = arrays[r].combine;
+              b.weights = gates[r];
+              return LaunchCombine(b, combine_config, s);
+            });
+          }
+        }
+        const double gbps = ceiling.count(sms) ? ceiling[sms] : 340;
+        const double floor_us = most * double(c.row_bytes() + c.second_bytes) / gbps / 1e3, combine_us = most * double(c.row_bytes()) / gbps / 1e3;
+        const auto share = [](double floor, double us) { return us > 0 ? floor / us : 0; };
+        std::printf("%-24s %4d %6d | %9.1f %5.3f | %9.1f %5.3f | %9.1f %5.3f | %9.1f %5.3f | %7.1f\n", c.name.c_str(), sms, send, dispatch,
+                    share(floor_us, dispatch), cached, share(floor_us, cached), combine, share(combine_us, combine), weighted,
+                    share(combine_us, weighted), floor_us);
+        std::fflush(stdout);
+      }
+    }
+  }
+  return 0;
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  setenv("CUDA_DEVICE_MAX_CONNECTIONS", "32", 1);
+  CHECK_CUDA(cudaGetDeviceCount(&g_num_devices));
+  const std::string what = argc > 1 ? argv[1] : "";
+  Group::SetTimeout(what == "small" ? 60 : 4);
+  int result = 1;
+  if (what == "check") result = Check(argc, argv);
+  if (what == "small") result = Small();
+  if (what == "timeout") result = Timeout();
+  if (what == "bench" && argc > 2) result = Bench(argv[2]);
+  std::fflush(stdout);
+  return result;
+}

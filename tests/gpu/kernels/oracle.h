@@ -1,0 +1,208 @@
+// What the kernels must give, computed plainly over all ranks on the host: routing, rows, and the sums to the bit.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <cstdint>
+#include <cstring>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "combine/combine.h"
+#include "dispatch/dispatch.h"
+
+namespace jax_ep {
+
+struct Case {
+  std::string name;
+  int num_ranks, num_tokens, num_topk, num_experts;
+  Layout layout;
+  int alignment, expert_capacity, capacity;  // capacity C; 0: worst case
+  RowDtype dtype;
+  int64_t hidden;
+  int64_t second_bytes = 0;                  // of a row of a second array
+  bool weights = true;
+  double skew = 0;                           // share of choices that go to expert 0
+  double invalid = 0.05;
+  int num_sms = 8, num_send_blocks = 4;
+  unsigned seed = 1;
+
+  int64_t elem_bytes() const { return dtype == RowDtype::kFloat32 ? 4 : 2; }
+  int64_t row_bytes() const { return hidden * elem_bytes(); }
+  int num_local() const { return num_experts / num_ranks; }
+  int64_t choices() const { return static_cast<int64_t>(num_tokens) * num_topk; }
+};
+
+struct RankRouting {
+  std::vector<int32_t> topk_idx, slot, recv_slot, counts, recv_topk_idx;
+};
+
+inline void Finish(Case& c) {
+  if (c.layout == Layout::kBatched) {
+    if (c.expert_capacity == 0) c.expert_capacity = c.num_ranks * c.num_tokens;
+    c.capacity = c.num_local() * c.expert_capacity;
+  } else if (c.capacity == 0) {
+    c.capacity = c.layout == Layout::kRank ? c.num_ranks * c.num_tokens
+                                           : c.num_ranks * c.num_tokens * c.num_topk + c.num_local() * (c.alignment - 1);
+  }
+}
+
+inline std::vector<RankRouting> Route(const Case& c) {
+  const int R = c.num_ranks, T = c.num_tokens, K = c.num_topk, E = c.num_experts, L = c.num_local(), C = c.capacity;
+  std::vector<RankRouting> ranks(R);
+  std::mt19937 random(c.seed);
+  std::uniform_real_distribution<double> uniform(0, 1);
+  std::vector<int> experts(E);
+  for (int e = 0; e < E; ++e) experts[e] = e;
+  for (auto& rank : ranks) {
+    rank.topk_idx.resize(c.choices());
+    for (int t = 0; t < T; ++t) {
+      for (int k = 0; k < K; ++k) {
+        std::swap(experts[k % E], experts[k % E + random() % (E - k % E)]);
+        int e = experts[k % E];
+        if (uniform(random) < c.skew) e = 0;
+        const double u = uniform(random);
+        if (u < c.invalid) e = u < c.invalid / 2 ? -1 : E + static_cast<int>(random() % 3);
+        rank.topk_idx[t * K + k] = e;
+      }
+    }
+    rank.slot.assign(c.choices(), -1);
+    rank.recv_slot.assign(R * c.choices(), -1);
+    rank.counts.assign(L + 1, 0);
+    if (c.layout == Layout::kRank) rank.recv_topk_idx.assign(static_cast<int64_t>(C) * K, -1);
+  }
+  const auto valid = [&](int e) { return e >= 0 && e < E; };
+  for (int d = 0; d < R; ++d) {
+    auto& here = ranks[d];
+    for (int r = 0; r < R; ++r) {
+      for (int64_t i = 0; i < c.choices(); ++i) {
+        const int e = ranks[r].topk_idx[i];
+        if (valid(e) && e / L == d) ++here.counts[e % L];
+      }
+    }
+    std::vector<int64_t> next(L, 0), limit(L, C);
+    int64_t end = 0;
+    for (int e = 0; e < L; ++e) {
+      if (c.layout == Layout::kExpert) {
+        next[e] = end;
+        end += (here.counts[e] + c.alignment - 1) / c.alignment * c.alignment;
+      } else if (c.layout == Layout::kBatched) {
+        next[e] = static_cast<int64_t>(e) * c.expert_capacity;
+        limit[e] = next[e] + c.expert_capacity;
+        end += here.counts[e];
+      }
+    }
+    for (int r = 0; r < R; ++r) {
+      for (int t = 0; t < T; ++t) {
+        int64_t row = -1;
+        for (int k = 0; k < K; ++k) {
+          const int64_t i = static_cast<int64_t>(t) * K + k;
+          const int e = ranks[r].topk_idx[i];
+          if (!valid(e) || e / L != d) continue;
+          if (c.layout == Layout::kRank) {
+            if (row < 0) row = end++;
+            if (row < C) here.recv_topk_idx[row * K + k] = e % L;
+          } else {
+            row = next[e % L]++;
+          }
+          if (row >= (c.layout == Layout::kRank ? C : limit[e % L])) continue;
+          here.recv_slot[r * c.choices() + i] = static_cast<int32_t>(row);
+          ranks[r].slot[i] = static_cast<int32_t>(static_cast<int64_t>(d) * C + row);
+        }
+      }
+    }
+    here.counts[L] = static_cast<int32_t>(end);
+  }
+  return ranks;
+}
+
+// Rows [C, row_bytes] of rank d from everybody's x [T, row_bytes].
+inline std::vector<char> ReceivedRows(const Case& c, const std::vector<RankRouting>& routing, int d, int64_t row_bytes,
+                                      const std::vector<std::vector<char>>& x) {
+  std::vector<char> rows(static_cast<int64_t>(c.capacity) * row_bytes, 0);
+  for (int r = 0; r < c.num_ranks; ++r) {
+    for (int64_t i = 0; i < c.choices(); ++i) {
+      const int64_t row = routing[d].recv_slot[r * c.choices() + i];
+      if (row >= 0) std::memcpy(&rows[row * row_bytes], &x[r][i / c.num_topk * row_bytes], row_bytes);
+    }
+  }
+  return rows;
+}
+
+inline std::vector<float> ReceivedWeights(const Case& c, const std::vector<RankRouting>& routing, int d,
+                                          const std::vector<std::vector<float>>& weights) {
+  const int64_t per_row = c.layout == Layout::kRank ? c.num_topk : 1;
+  std::vector<float> rows(c.capacity * per_row, 0.f);
+  for (int r = 0; r < c.num_ranks; ++r) {
+    for (int64_t i = 0; i < c.choices(); ++i) {
+      const int64_t row = routing[d].recv_slot[r * c.choices() + i];
+      if (row >= 0) rows[row * per_row + (per_row > 1 ? i % c.num_topk : 0)] = weights[r][i];
+    }
+  }
+  return rows;
+}
+
+inline float Load(RowDtype dtype, const char* p) {
+  if (dtype == RowDtype::kFloat32) return *reinterpret_cast<const float*>(p);
+  if (dtype == RowDtype::kFloat16) return __half2float(*reinterpret_cast<const __half*>(p));
+  return __bfloat162float(*reinterpret_cast<const __nv_bfloat16*>(p));
+}
+
+inline void Store(RowDtype dtype, char* p, float value) {
+  if (dtype == RowDtype::kFloat32) *reinterpret_cast<float*>(p) = value;
+  if (dtype == RowDtype::kFloat16) *reinterpret_cast<__half*>(p) = __float2half_rn(value);
+  if (dtype == RowDtype::kBfloat16) *reinterpret_cast<__nv_bfloat16*>(p) = __float2bfloat16_rn(value);
+}
+
+inline float Round(RowDtype dtype, float value) {
+  char bits[4];
+  Store(dtype, bits, value);
+  return Load(dtype, bits);
+}
+
+// out [T, H] of rank r from everybody's y [C, H] and weights [C]. Only tokens t % stride == 0, the others stay zero.
+inline std::vector<char> Combined(const Case& c, const std::vector<RankRouting>& routing, int r,
+                                  const std::vector<std::vector<char>>& y, const std::vector<std::vector<float>>* weights,
+                                  int stride = 1) {
+  const int64_t row_bytes = c.row_bytes(), elem = c.elem_bytes();
+  std::vector<char> out(c.num_tokens * row_bytes, 0);
+  for (int t = 0; t < c.num_tokens; t += stride) {
+    for (int64_t h = 0; h < c.hidden; ++h) {
+      volatile float total = 0;
+      for (int d = 0; d < c.num_ranks; ++d) {
+        volatile float partial = 0;
+        bool any = false, taken = false;
+        for (int k = 0; k < c.num_topk; ++k) {
+          const int64_t slot = routing[r].slot[static_cast<int64_t>(t) * c.num_topk + k];
+          if (slot < 0 || slot / c.capacity != d || taken) continue;
+          any = true;
+          taken = c.layout == Layout::kRank;
+          const int64_t row = slot % c.capacity;
+          volatile float value = Load(c.dtype, &y[d][row * row_bytes + h * elem]);
+          if (weights != nullptr) value = (*weights)[d][row] * value;
+          partial = partial + value;
+        }
+        if (any) total = total + Round(c.dtype, partial);
+      }
+      Store(c.dtype, &out[t * row_bytes + h * elem], total);
+    }
+  }
+  return out;
+}
+
+// carried of each choice's row, [T, K].
+inline std::vector<float> CarriedBack(const Case& c, const std::vector<RankRouting>& routing, int r,
+                                      const std::vector<std::vector<float>>& carried) {
+  std::vector<float> back(c.choices(), 0.f);
+  for (int64_t i = 0; i < c.choices(); ++i) {
+    const int64_t slot = routing[r].slot[i];
+    if (slot < 0) continue;
+    const int64_t row = slot % c.capacity;
+    back[i] = carried[slot / c.capacity][c.layout == Layout::kRank ? row * c.num_topk + i % c.num_topk : row];
+  }
+  return back;
+}
+
+}  // namespace jax_ep
