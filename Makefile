@@ -11,7 +11,7 @@ DEMO_ARGS ?=
 NEWEST_TESTS ?= tests
 
 comma := ,
-extras := test,examples,dev$(if $(wildcard /proc/driver/nvidia/version),$(comma)cuda)
+extras := test,examples$(if $(wildcard /proc/driver/nvidia/version),$(comma)cuda)
 compiled := $(shell find ffi cmake -type f) CMakeLists.txt pyproject.toml
 workers := $(if $(filter gpu,$(JAX_EP_TEST_PLATFORM)),0,auto --maxprocesses=8)
 
@@ -26,7 +26,7 @@ demo: .venv/installed
 test: .venv/installed
 	.venv/bin/pytest -n $(workers) $(PYTEST_ARGS)
 
-lint: .venv/installed
+lint: .venv/lint-tools
 	PATH="$(CURDIR)/.venv/bin:$$PATH" pre-commit run --all-files --show-diff-on-failure
 
 wheel: dist/built
@@ -40,11 +40,11 @@ clean:
 
 # An editable install in two steps: what the build needs, and the jax of its jaxlib, which is the oldest supported; then
 # the package, built in build/editable with that, so that a change of a kernel compiles one file.
-.venv/tools: pyproject.toml .ci/find-python .ci/build-requirements
+.venv/tools: pyproject.toml .ci/find-python .ci/requirements
 	@command -v $(CXX) >/dev/null || { echo "jax_ep needs a C++ compiler, such as g++: $(CXX) is not there." >&2; exit 1; }
 	@echo "== .venv: the build's tools (half a minute, once)"
 	@python=$$(.ci/find-python) && $$python -m venv .venv
-	@.venv/bin/python .ci/build-requirements > .venv/build-requirements.txt
+	@.venv/bin/python .ci/requirements build > .venv/build-requirements.txt
 	@.venv/bin/$(pip) -r .venv/build-requirements.txt \
 	  || { echo "jax_ep could not be given its tools: pip reaches no package index that has them." >&2; exit 1; }
 	@touch $@
@@ -52,6 +52,12 @@ clean:
 .venv/installed: .venv/tools $(compiled)
 	@echo "== .venv: jax_ep[$(extras)] (a minute; later only what changed)"
 	@.venv/bin/$(pip) --no-build-isolation -C build-dir=build/editable -e '.[$(extras)]'
+	@touch $@
+
+.venv/lint-tools: .venv/installed
+	@echo "== .venv: lint's tools"
+	@.venv/bin/python .ci/requirements dev > .venv/dev-requirements.txt
+	@.venv/bin/$(pip) -r .venv/dev-requirements.txt
 	@touch $@
 
 dist/built: .venv/tools $(compiled) $(shell find jax_ep -name '*.py')
