@@ -1,0 +1,234 @@
+"""Derivatives, on one page.
+
+With the routing fixed, every primitive that moves a payload is linear, and each is the transpose of another:
+
+    dispatch_cached  <->  combine            rows [T] -> [C] and back, the sums over a token's rows being the transpose
+    dispatch_start   <->  combine_done        of copying it to them; gates go out and back the same way, unsummed
+    dispatch_done    <->  combine_start
+
+so   jvp(P)(x, x')  = P(x), P(x')       transpose(P)(ct) = P^T(ct).
+
+A value in flight is opaque and goes from a start to its done once, so the halves may swap roles in the transpose: the
+cotangent of dispatch_done's operand is what combine_start sends, of the same shape, and combine_done receives it.
+
+dispatch = notify, then dispatch_cached: its tangent is dispatch_cached along the routing that the primal call found.
+Where only a part of the operands is known (linear_transpose: the routing and the gates, say), partial evaluation splits
+the call into what can be done now and what is linear in the rest.
+
+combine_weighted(y, w) is bilinear. J(y', w'; y, w) = combine_weighted(y', w) + combine_weighted(y, w') is its tangent,
+a primitive of its own so that its transpose sends the cotangent once for both:
+
+    rows = dispatch_cached(ct);   y_bar[c] = w[c] * rows[c];   w_bar[c] = <y[c], rows[c]>
+
+and J's own tangent is J(y'', w''; y, w) + J(dy, dw; y', w'). The same holds for combine_weighted_start with dispatch_done
+in place of dispatch_cached. A wire format on the way back is straight-through: tangents travel without it.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jax_ep._src import compat
+from jax_ep._src import primitives as p
+from jax_ep._src.compat import ad, pe
+from jax_ep._src.handle import Routing
+
+Zero = ad.Zero
+_COMBINES = (p.combine_p, p.combine_start_p)  # these take a wire format
+
+
+def _no_wire(primitive: compat.Primitive) -> dict[str, Any]:
+    return {"wire": None} if primitive in _COMBINES else {}
+
+
+def _move_some(
+    primitive: compat.Primitive, payload: list[Any], handle: list[Any], num_rows: int, routing: Routing
+) -> list[Any]:
+    """Moves those of `payload` that are not None or symbolic zeros; None stands for the others."""
+    live = [i for i, value in enumerate(payload) if value is not None and type(value) is not Zero]
+    rows = [payload[i] for i in live if i < num_rows]
+    weights = payload[-1] if live and live[-1] >= num_rows else None
+    moved, moved_weights = p.move(primitive, rows, weights, handle, routing, **_no_wire(primitive))
+    results: list[Any] = [None] * len(payload)
+    for i, value in zip(live, [*moved, moved_weights], strict=False):
+        results[i] = value
+    return results
+
+
+# ---- linear primitives -----------------------------------------------------------------------------------------------
+
+
+def _linear_jvp(primitive: compat.Primitive, primals: Any, tangents: Any, **params: Any) -> Any:
+    results = primitive.bind(*primals, **params)
+    moved = _move_some(primitive, tangents[:-3], primals[-3:], params["num_rows"], params["routing"])
+    return results, [_or_zero(tangent, result) for tangent, result in zip(moved, results, strict=True)]
+
+
+def _or_zero(tangent: Any, result: Any) -> Any:
+    return compat.zero_tangent(result) if tangent is None else tangent
+
+
+def _linear_transpose(
+    other: compat.Primitive, cts: Any, *operands: Any, routing: Routing, num_rows: int, **_: Any
+) -> Any:
+    *payload, slot, recv_slot, counts = operands
+    wanted = [ct if ad.is_undefined_primal(operand) else None for ct, operand in zip(cts, payload, strict=True)]
+    moved = _move_some(other, wanted, [slot, recv_slot, counts], num_rows, routing)
+    back = [
+        Zero(operand.aval) if ad.is_undefined_primal(operand) and ct is None else ct
+        for ct, operand in zip(moved, payload, strict=True)
+    ]
+    return [*back, None, None, None]
+
+
+def _define_transposes(one: compat.Primitive, other: compat.Primitive) -> None:
+    for primitive, transposed in ((one, other), (other, one)):
+        ad.primitive_jvps[primitive] = functools.partial(_linear_jvp, primitive)
+        ad.primitive_transposes[primitive] = functools.partial(_linear_transpose, transposed)
+        pe.custom_partial_eval_rules[primitive] = functools.partial(_linear_partial_eval, primitive)
+
+
+# ---- dispatch --------------------------------------------------------------------------------------------------------
+
+
+def _dispatch_jvp(primals: Any, tangents: Any, **params: Any) -> Any:
+    routing, num_rows = params["routing"], params["num_rows"]
+    results = p.dispatch_p.bind(*primals, **params)
+    routed = results[-p.num_routed(routing) :]
+    payload_dot = list(tangents[:-1])
+    if params["wire"] is not None and type(payload_dot[0]) is not Zero:
+        raise NotImplementedError(
+            "jax_ep_dispatch: a wire format is differentiated by jax_ep.dispatch, not by its primitive"
+        )
+    moved = _move_some(p.dispatch_cached_p, payload_dot, routed[:3], num_rows, routing)
+    if params["wire"] is not None:
+        moved.insert(0, None)  # x becomes values and scales
+    tangents_out = [*moved, *[None] * len(routed)]
+    return results, [_or_zero(tangent, result) for tangent, result in zip(tangents_out, results, strict=True)]
+
+
+def _dispatch_partial_eval(trace: Any, *tracers: Any, **params: Any) -> Any:
+    """Known routing, unknown rows: notify now, dispatch_cached later."""
+    *payload, topk_idx = tracers
+    if not topk_idx.is_known() or all(t.is_known() for t in payload) or params["wire"] is not None:
+        return trace.default_process_primitive(p.dispatch_p, tracers, params)
+    routed = p.notify_p.bind(topk_idx.pval.get_known(), routing=params["routing"])
+    static = {key: value for key, value in params.items() if key != "wire"}
+    handle = [trace.new_const(array) for array in routed[:3]]
+    moved = _linear_partial_eval(p.dispatch_cached_p, trace, *payload, *handle, **static)
+    return [*moved, *(trace.new_const(array) for array in routed)]
+
+
+def _linear_partial_eval(primitive: compat.Primitive, trace: Any, *tracers: Any, **params: Any) -> Any:
+    """What is known of a payload moves now, the rest later."""
+    *payload, slot, recv_slot, counts = tracers
+    handle = [slot, recv_slot, counts]
+    known = [t.is_known() for t in payload]
+    if not all(t.is_known() for t in handle) or all(known) or not any(known):
+        return trace.default_process_primitive(primitive, tracers, params)
+    num_rows = params["num_rows"]
+    results: list[Any] = [None] * len(payload)
+    for now in (True, False):
+        chosen = [i for i, is_known in enumerate(known) if is_known == now]
+        part = {**params, "num_rows": sum(i < num_rows for i in chosen), "has_weights": chosen[-1] >= num_rows}
+        operands = [*(payload[i] for i in chosen), *handle]
+        if now:
+            moved = primitive.bind(*(t.pval.get_known() for t in operands), **part)
+            moved = [trace.new_const(array) for array in moved]
+        else:
+            moved = trace.default_process_primitive(primitive, operands, part)
+        for i, value in zip(chosen, moved, strict=True):
+            results[i] = value
+    return results
+
+
+# ---- weighted combine ------------------------------------------------------------------------------------------------
+
+
+def _define_weighted(combine: compat.Primitive, transposed: compat.Primitive) -> None:
+    """Derivatives of a weighted combine whose unweighted form has the transpose `transposed`."""
+    tangent_p = compat.effectful_primitive(f"{combine.name}_jvp")  # y', w', y, w, slot, recv_slot, counts -> [T, H]
+
+    def tangent_meaning(y_dot: Any, w_dot: Any, y: Any, w: Any, *handle: Any, routing: Routing) -> list[jax.Array]:
+        (one,) = combine.bind(y_dot, w, *handle, routing=routing, wire=None)
+        (two,) = combine.bind(y, w_dot, *handle, routing=routing, wire=None)
+        return [one + two]
+
+    def jvp(primals: Any, tangents: Any, *, routing: Routing, wire: str | None) -> Any:
+        y, w, *handle = primals
+        y_dot, w_dot = tangents[:2]
+        results = combine.bind(*primals, routing=routing, wire=wire)
+        if type(y_dot) is Zero and type(w_dot) is Zero:
+            tangents_out = [compat.zero_tangent(results[0])]
+        elif type(w_dot) is Zero:
+            tangents_out = combine.bind(y_dot, w, *handle, routing=routing, wire=None)
+        elif type(y_dot) is Zero:
+            tangents_out = combine.bind(y, w_dot, *handle, routing=routing, wire=None)
+        else:
+            tangents_out = tangent_p.bind(y_dot, w_dot, y, w, *handle, routing=routing)
+        return results, tangents_out
+
+    def cotangents(ct: Any, y: Any, w: Any, handle: Any, routing: Routing, want_y: Any, want_w: Any) -> list[Any]:
+        """Cotangents of the operands that weigh `w` and `y`, where wanted."""
+        (rows,), _ = p.move(transposed, [ct], None, handle, routing)
+        y_bar = (w[:, None] * rows.astype(jnp.float32)).astype(rows.dtype) if want_y else None
+        w_bar = jnp.sum(y.astype(jnp.float32) * rows.astype(jnp.float32), axis=1) if want_w else None
+        return [y_bar, w_bar]
+
+    def transpose(cts: Any, y: Any, w: Any, *handle: Any, routing: Routing, **_: Any) -> Any:
+        want_y, want_w = ad.is_undefined_primal(y), ad.is_undefined_primal(w)
+        if want_y and want_w:
+            raise NotImplementedError(
+                "jax_ep_combine: bilinear in y and weights, so it has no transpose in both at once"
+            )
+        if type(cts[0]) is Zero:
+            back = [Zero(y.aval) if want_y else None, Zero(w.aval) if want_w else None]
+        else:
+            back = cotangents(cts[0], y, w, handle, routing, want_y, want_w)
+        return [*back, None, None, None]
+
+    def tangent_jvp(primals: Any, tangents: Any, *, routing: Routing) -> Any:
+        y_dot, w_dot, y, w, *handle = primals
+        y_dot2, w_dot2, dy, dw = (ad.instantiate_zeros(tangent) for tangent in tangents[:4])
+        results = tangent_p.bind(*primals, routing=routing)
+        (one,) = tangent_p.bind(y_dot2, w_dot2, y, w, *handle, routing=routing)
+        (two,) = tangent_p.bind(dy, dw, y_dot, w_dot, *handle, routing=routing)
+        return results, [one + two]
+
+    def tangent_transpose(cts: Any, y_dot: Any, w_dot: Any, y: Any, w: Any, *handle: Any, routing: Routing) -> Any:
+        want_y, want_w = ad.is_undefined_primal(y_dot), ad.is_undefined_primal(w_dot)
+        if type(cts[0]) is Zero:
+            back = [Zero(y_dot.aval) if want_y else None, Zero(w_dot.aval) if want_w else None]
+        else:
+            back = cotangents(cts[0], y, w, handle, routing, want_y, want_w)
+        return [*back, None, None, None, None, None]
+
+    def tangent_abstract_eval(y_dot: Any, w_dot: Any, y: Any, w: Any, *handle: Any, routing: Routing) -> Any:
+        return combine.abstract_eval(y, w, *handle, routing=routing, wire=None)
+
+    tangent_p.def_effectful_abstract_eval(tangent_abstract_eval)
+    compat.mlir.register_lowering(tangent_p, compat.mlir.lower_fun(tangent_meaning, multiple_results=True))
+    ad.primitive_jvps[combine] = jvp
+    ad.primitive_transposes[combine] = transpose
+    ad.primitive_jvps[tangent_p] = tangent_jvp
+    ad.primitive_transposes[tangent_p] = tangent_transpose
+    WEIGHTED_TANGENTS[combine] = tangent_p
+
+
+WEIGHTED_TANGENTS: dict[compat.Primitive, compat.Primitive] = {}
+
+# ---- the table -------------------------------------------------------------------------------------------------------
+
+_define_transposes(p.dispatch_cached_p, p.combine_p)
+_define_transposes(p.dispatch_start_p, p.combine_done_p)
+_define_transposes(p.dispatch_done_p, p.combine_start_p)
+ad.primitive_jvps[p.dispatch_p] = _dispatch_jvp
+pe.custom_partial_eval_rules[p.dispatch_p] = _dispatch_partial_eval
+_define_weighted(p.combine_weighted_p, p.dispatch_cached_p)
+_define_weighted(p.combine_weighted_start_p, p.dispatch_done_p)
+
+compat.give_names_a_transpose()
