@@ -51,7 +51,9 @@ __global__ void PushBulk(const char* source, Pointers target, int me, int n) {
   const long rows = kBytesPerPeer / kRowBytes, total = rows * (n - 1), step = static_cast<long>(gridDim.x) * kWarps;
   const auto peer_of = [&](long i) { return (me + 1 + static_cast<int>(i % (n - 1))) % n; };
   const auto load = [&](long i, int s) {
-    if (i < total) jax_ep::BulkLoad(stage + s * kRowBytes, source + (peer_of(i) * rows + i / (n - 1)) * kRowBytes, kRowBytes, &full[warp][s]);
+    if (i >= total) return;
+    jax_ep::ExpectBytes(&full[warp][s], kRowBytes);
+    jax_ep::BulkLoad(stage + s * kRowBytes, source + (peer_of(i) * rows + i / (n - 1)) * kRowBytes, kRowBytes, &full[warp][s]);
   };
   const long first = static_cast<long>(blockIdx.x) * kWarps + warp;
   for (int s = 0; s + 1 < kStages; ++s) load(first + s * step, s);

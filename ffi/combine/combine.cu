@@ -1,8 +1,8 @@
 // The combine kernels and their launcher: see combine.h for the contract, docs/protocol.md for the order of events.
 //
 //   warps    role        waits for                          signals
-//   0 .. 18  worker      peers' progress (sums only)        shared.next, its place in the block's list of items
-//   19       publisher   shared.next of all workers         progress in every rank's window; then leaves
+//   0 .. 14  worker      peers' progress (sums only)        shared.next, its place in the block's list of items
+//   15       publisher   shared.next of all workers         progress in every rank's window; then leaves
 //
 // Block b has the tokens b, b + B, ... of every rank, one a step. A step is a list of items, a piece of a row each: first the sums to
 // push to the peers, then the sums of this rank's own token of kLag steps before, for which the peers have pushed meanwhile.
@@ -16,13 +16,8 @@
 namespace jax_ep {
 namespace {
 
-#ifndef JAX_EP_COMBINE_WARPS
-#define JAX_EP_COMBINE_WARPS 20
-#endif
-constexpr int kCombineWarps = JAX_EP_COMBINE_WARPS, kCombineThreads = 32 * kCombineWarps, kWorkers = kCombineWarps - 1;
-constexpr int kPieceBytes = 2048;   // of a row, an item
-constexpr int kVectors = 2;         // 16-byte vectors of a row that a thread has in hand
-constexpr int kRowsInHand = 4;      // rows that a thread loads before it adds them
+constexpr int kCombineWarps = 16, kCombineThreads = 32 * kCombineWarps, kWorkers = kCombineWarps - 1;
+constexpr int kPieceBytes = 4096;  // of a row, an item, at most
 constexpr int kLag = 3;
 
 enum Address { kY, kScratch, kCarried };
@@ -33,152 +28,190 @@ struct CombineShared {
 };
 
 struct Steps {
-  int num_steps, num_pieces, lag, items_per_step, num_pushes;
+  int num_steps, num_pieces, piece_bytes, lag, items_per_step, num_pushes;
 
   __device__ Steps(const CombineParams& p, int num_ranks) {
     const int num_blocks = gridDim.x, block = blockIdx.x;
     num_steps = (p.num_tokens - block + num_blocks - 1) / num_blocks;
     num_pieces = max(static_cast<int>((p.row_bytes + kPieceBytes - 1) / kPieceBytes), 1);
-    num_pushes = p.one_row_a_rank ? 0 : (num_ranks - 1) * num_pieces;
+    piece_bytes = static_cast<int>((p.row_bytes + num_pieces - 1) / num_pieces + 511) / 512 * 512;
+    num_pushes = p.one_row_a_rank || num_ranks == 1 ? 0 : num_ranks * num_pieces;
     lag = num_pushes > 0 ? kLag : 0;
     items_per_step = num_pushes + num_pieces;
   }
   __device__ uint32_t num_items() const { return num_steps > 0 ? static_cast<uint32_t>(num_steps + lag) * items_per_step : 0; }
 };
 
-// Adds to `sum`, in lane order, the rows that begin at `pointer` of the lanes in `holders`; this thread's part of them is at `offset`.
-// `own` stands for the row of lane `own_lane`.
+// The rows that begin at `pointer` of the lanes in `holders`, to be added in lane order up to byte `end`.
+struct Rows {
+  uint32_t holders;
+  const char* pointer;
+  float weight;
+  int64_t end;
+};
+
+__device__ __forceinline__ const char* PointerOf(const Rows& rows, int lane) {
+  return reinterpret_cast<const char*>(__shfl_sync(~0u, reinterpret_cast<uint64_t>(rows.pointer), lane));
+}
+
+// A sum that stands for all ranks' (there is one rank) is rounded as a rank's and as the total: -0 becomes 0.
+template <class T>
+__device__ __forceinline__ void StoreSum(const float (&sum)[Vector<T>::kSize], char* target, bool is_total) {
+  int4 bits = Vector<T>::Pack(sum);
+  if (is_total) {
+    float total[Vector<T>::kSize] = {};
+    Accumulate<T, false>(total, bits, 1.f);
+    bits = Vector<T>::Pack(total);
+  }
+  *reinterpret_cast<int4*>(target) = bits;
+}
+
+// The sum of exactly kRows rows from byte `begin`, into `target`, where the whole row begins. A thread issues kRows * V loads before it
+// adds: that many are in flight. Beyond the end it reads the last vector again, and stores nothing.
+template <class T, bool kWeighted, int kRows, int V>
+__device__ __forceinline__ void SumFewRows(const Rows& rows, int64_t begin, char* target, bool is_total) {
+  const char* row[kRows];
+  float weight[kRows];
+  uint32_t rest = rows.holders;
+#pragma unroll
+  for (int i = 0; i < kRows; ++i, rest &= rest - 1) {
+    row[i] = PointerOf(rows, __ffs(rest) - 1);
+    weight[i] = kWeighted ? __shfl_sync(~0u, rows.weight, __ffs(rest) - 1) : 1.f;
+  }
+  for (int64_t base = begin; base < rows.end; base += V * 512) {
+    const int64_t offset = base + threadIdx.x % 32 * 16;
+    int4 bits[kRows][V];
+#pragma unroll
+    for (int v = 0; v < V; ++v) {
+#pragma unroll
+      for (int i = 0; i < kRows; ++i) bits[i][v] = LoadRow(row[i] + min(offset + v * 512, rows.end - 16));
+    }
+#pragma unroll
+    for (int v = 0; v < V; ++v) {
+      float sum[Vector<T>::kSize] = {};
+#pragma unroll
+      for (int i = 0; i < kRows; ++i) Accumulate<T, kWeighted>(sum, bits[i][v], weight[i]);
+      if (offset + v * 512 < rows.end) StoreSum<T>(sum, target + offset + v * 512, is_total);
+    }
+  }
+}
+
+// The same for any number of rows: two vectors a thread, four rows at a time.
 template <class T, bool kWeighted>
-__device__ __forceinline__ void SumRows(uint32_t holders, const char* pointer, float weight, int64_t offset, const bool (&inside)[kVectors],
-                                        int own_lane, const int4 (&own)[kVectors], float (&sum)[kVectors][Vector<T>::kSize]) {
-  while (holders != 0) {
-    int4 rows[kRowsInHand][kVectors];
-    float weights[kRowsInHand];
-    int count = 0;
+__device__ __forceinline__ void SumManyRows(const Rows& rows, int64_t begin, char* target, bool is_total) {
+  constexpr int kRows = 4, V = 2;
+  for (int64_t base = begin; base < rows.end; base += V * 512) {
+    const int64_t offset = base + threadIdx.x % 32 * 16;
+    float sum[V][Vector<T>::kSize] = {};
+    for (uint32_t rest = rows.holders; rest != 0;) {
+      int4 bits[kRows][V];
+      float weight[kRows];
+      const int count = min(__popc(rest), kRows);
 #pragma unroll
-    for (int i = 0; i < kRowsInHand; ++i) {
-      if (holders == 0) break;
-      const int lane = __ffs(holders) - 1;
-      holders &= holders - 1;
-      count = i + 1;
-      const char* row = reinterpret_cast<const char*>(__shfl_sync(~0u, reinterpret_cast<uint64_t>(pointer), lane)) + offset;
-      if (kWeighted) weights[i] = __shfl_sync(~0u, weight, lane);
+      for (int i = 0; i < kRows; ++i) {
+        const int lane = i < count ? __ffs(rest) - 1 : 0;
+        const char* row = PointerOf(rows, lane);
+        weight[i] = kWeighted ? __shfl_sync(~0u, rows.weight, lane) : 1.f;
+        if (i >= count) continue;
+        rest &= rest - 1;
 #pragma unroll
-      for (int v = 0; v < kVectors; ++v) {
-        rows[i][v] = int4{};
-        if (lane == own_lane) {
-          rows[i][v] = own[v];
-        } else if (inside[v]) {
-          rows[i][v] = __ldcg(reinterpret_cast<const int4*>(row + v * 512));
-        }
+        for (int v = 0; v < V; ++v) bits[i][v] = LoadRow(row + min(offset + v * 512, rows.end - 16));
+      }
+#pragma unroll
+      for (int i = 0; i < kRows; ++i) {
+        if (i >= count) continue;
+#pragma unroll
+        for (int v = 0; v < V; ++v) Accumulate<T, kWeighted>(sum[v], bits[i][v], weight[i]);
       }
     }
 #pragma unroll
-    for (int i = 0; i < kRowsInHand; ++i) {
-      if (i >= count) break;
-#pragma unroll
-      for (int v = 0; v < kVectors; ++v) Accumulate<T, kWeighted>(sum[v], rows[i][v], kWeighted ? weights[i] : 1.f);
+    for (int v = 0; v < V; ++v) {
+      if (offset + v * 512 < rows.end) StoreSum<T>(sum[v], target + offset + v * 512, is_total);
     }
   }
 }
 
-template <class T>
-__device__ __forceinline__ void Clear(float (&sum)[kVectors][Vector<T>::kSize]) {
-#pragma unroll
-  for (int v = 0; v < kVectors; ++v) {
-#pragma unroll
-    for (int i = 0; i < Vector<T>::kSize; ++i) sum[v][i] = 0.f;
-  }
-}
-
-// Piece `piece` of the sum of this rank's rows of one token, into `target`, the whole row's place. `row` is lane k's choice.
 template <class T, bool kWeighted>
-__device__ __forceinline__ void Push(const CombineParams& p, int row, int piece, char* target) {
-  const int lane = threadIdx.x % 32;
-  const uint32_t holders = __ballot_sync(~0u, row >= 0);
-  if (holders == 0) return;
-  const char* pointer = p.y + row * p.row_bytes;
-  const float weight = kWeighted && row >= 0 ? p.weights[row] : 1.f;
-  const int64_t begin = static_cast<int64_t>(piece) * kPieceBytes, end = min(begin + kPieceBytes, p.row_bytes);
-  const int4 none[kVectors] = {};
-  for (int64_t offset = begin + lane * 16; offset - lane * 16 < end; offset += kVectors * 512) {
-    bool inside[kVectors];
-#pragma unroll
-    for (int v = 0; v < kVectors; ++v) inside[v] = offset + v * 512 < end;
-    float sum[kVectors][Vector<T>::kSize];
-    Clear<T>(sum);
-    SumRows<T, kWeighted>(holders, pointer, weight, offset, inside, -1, none, sum);
-#pragma unroll
-    for (int v = 0; v < kVectors; ++v) {
-      if (inside[v]) *reinterpret_cast<int4*>(target + offset + v * 512) = Vector<T>::Pack(sum[v]);
-    }
+__device__ __forceinline__ void SumRows(const Rows& rows, int64_t begin, char* target, bool is_total) {
+  switch (__popc(rows.holders)) {
+    case 0: return;
+    case 1: return SumFewRows<T, kWeighted, 1, 8>(rows, begin, target, is_total);
+    case 2: return SumFewRows<T, kWeighted, 2, 8>(rows, begin, target, is_total);
+    case 3: return SumFewRows<T, kWeighted, 3, 4>(rows, begin, target, is_total);
+    case 4: return SumFewRows<T, kWeighted, 4, 4>(rows, begin, target, is_total);
+    default: return SumManyRows<T, kWeighted>(rows, begin, target, is_total);
   }
 }
 
-// Piece `piece` of out[token]: the sums of all ranks in `ranks`, of which rank lane's lies at lane's `pointer`; this rank's own is made here
-// from `own_row`, lane k's choice, where it is not to be read.
-template <class T, bool kWeighted, bool kReduce>
-__device__ __forceinline__ void Sum(const CombineParams& p, int rank, uint32_t ranks, const char* pointer, int own_row, int piece, char* target) {
-  const int lane = threadIdx.x % 32;
-  const uint32_t own_holders = kReduce ? __ballot_sync(~0u, own_row >= 0) : 0;
-  const char* own_pointer = p.y + own_row * p.row_bytes;
-  const float weight = kReduce && kWeighted && own_row >= 0 ? p.weights[own_row] : 1.f;
-  const int64_t begin = static_cast<int64_t>(piece) * kPieceBytes, end = min(begin + kPieceBytes, p.row_bytes);
-  for (int64_t offset = begin + lane * 16; offset - lane * 16 < end; offset += kVectors * 512) {
-    bool inside[kVectors];
-#pragma unroll
-    for (int v = 0; v < kVectors; ++v) inside[v] = offset + v * 512 < end;
-    float sum[kVectors][Vector<T>::kSize];
-    int4 own[kVectors] = {};
-    if (kReduce && own_holders != 0) {
-      Clear<T>(sum);
-      SumRows<T, kWeighted>(own_holders, own_pointer, weight, offset, inside, -1, own, sum);
-#pragma unroll
-      for (int v = 0; v < kVectors; ++v) own[v] = Vector<T>::Pack(sum[v]);
-    }
-    Clear<T>(sum);
-    SumRows<T, false>(ranks, pointer, 1.f, offset, inside, kReduce ? rank : -1, own, sum);
-#pragma unroll
-    for (int v = 0; v < kVectors; ++v) {
-      if (inside[v]) *reinterpret_cast<int4*>(target + offset + v * 512) = Vector<T>::Pack(sum[v]);
-    }
+// A token without rows sums to zero.
+template <class T, bool kWeighted>
+__device__ __forceinline__ void SumOrClear(const Rows& rows, int64_t begin, char* target, bool is_total) {
+  if (rows.holders != 0) return SumRows<T, kWeighted>(rows, begin, target, is_total);
+  for (int64_t offset = begin + threadIdx.x % 32 * 16; offset < rows.end; offset += 512) {
+    *reinterpret_cast<int4*>(target + offset) = int4{};
   }
+}
+
+// What an item is, and this lane's choice of its token: recv_slot of a source's token to push, or slot of an own token to sum.
+struct Item {
+  bool push;
+  int step, piece, source, choice;
+  int64_t token;  // -1: nothing to do
+};
+
+__device__ __forceinline__ Item LoadItem(const CombineParams& p, const Call& call, const Steps& steps, uint32_t index) {
+  Item item;
+  const int lane = threadIdx.x % 32, step = index / steps.items_per_step, part = index % steps.items_per_step;
+  item.push = part < steps.num_pushes;
+  item.step = item.push ? step : step - steps.lag;
+  item.token = -1;
+  item.choice = -1;
+  if (item.step < 0 || item.step >= steps.num_steps || index >= steps.num_items()) return item;
+  item.token = static_cast<int64_t>(item.step) * gridDim.x + blockIdx.x;
+  item.source = (call.rank + 1 + part % call.num_ranks) % call.num_ranks;
+  item.piece = item.push ? part / call.num_ranks : part - steps.num_pushes;
+  const int32_t* choices = item.push ? p.recv_slot + static_cast<int64_t>(item.source) * p.num_tokens * p.num_topk : p.slot;
+  if (lane < p.num_topk) item.choice = choices[item.token * p.num_topk + lane];
+  return item;
+}
+
+template <class T, bool kWeighted>
+__device__ __forceinline__ Rows OwnRows(const CombineParams& p, int row, int64_t end) {
+  Rows rows;
+  rows.holders = __ballot_sync(~0u, row >= 0);
+  rows.pointer = p.y + row * p.row_bytes;
+  rows.weight = kWeighted && row >= 0 ? p.weights[row] : 1.f;
+  rows.end = end;
+  return rows;
 }
 
 template <class T, bool kWeighted, bool kReduce>
 __device__ void Work(const CombineParams& p, const Call& call, const Steps& steps, CombineShared& shared) {
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, num_ranks = call.num_ranks, capacity = p.max_recv_tokens;
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, capacity = p.max_recv_tokens;
   const uint32_t num_items = steps.num_items();
-  const auto token_of = [&](int step) { return static_cast<int64_t>(step) * gridDim.x + blockIdx.x; };
-  const auto choice = [&](const int32_t* choices, int64_t token) {
-    return lane < p.num_topk ? choices[token * p.num_topk + lane] : -1;
-  };
   uint32_t seen = 0;  // steps that rank `lane` has pushed to here
   bool came = true;
-  for (uint32_t item = warp; item < num_items; item += kWorkers) {
-    const int step = item / steps.items_per_step, part = item % steps.items_per_step;
-    if (kReduce && part < steps.num_pushes) {
-      if (step < steps.num_steps) {
-        const int source = (call.rank + 1 + part % (num_ranks - 1)) % num_ranks, piece = part / (num_ranks - 1);
-        const int64_t token = token_of(step);
-        const int row = choice(p.recv_slot + static_cast<int64_t>(source) * p.num_tokens * p.num_topk, token);
-        const int place = call.rank < source ? call.rank : call.rank - 1;
-        char* scratch = reinterpret_cast<char*>(shared.address[source][kScratch]);
-        if (p.row_bytes > 0) {
-          Push<T, kWeighted>(p, row, piece, scratch + (static_cast<int64_t>(place) * p.num_tokens + token) * p.row_bytes);
-        }
-      }
-    } else if (step >= steps.lag && came) {
-      const int piece = part - steps.num_pushes;
-      const int64_t token = token_of(step - steps.lag);
-      const int slot = choice(p.slot, token);
-      const int owner = slot >= 0 ? slot / capacity : -1, row = slot >= 0 ? slot % capacity : -1;
-      const uint32_t ranks = __reduce_or_sync(~0u, slot >= 0 ? 1u << owner : 0u);
-      const char* pointer = nullptr;
-      if (kReduce) {
-        const bool needed = (ranks >> lane & 1) && lane != call.rank;
-        const uint32_t want = step - steps.lag + 1;
-        if (needed && seen < want) {
+  Item next = LoadItem(p, call, steps, warp);
+  for (uint32_t index = warp; index < num_items; index += kWorkers) {
+    const Item item = next;
+    next = LoadItem(p, call, steps, index + kWorkers);
+    const int64_t begin = static_cast<int64_t>(item.piece) * steps.piece_bytes, end = min(begin + steps.piece_bytes, p.row_bytes);
+    if (item.token >= 0 && item.push) {
+      // This rank's own sum waits in the result itself, the peers' in the scratch of the token's rank.
+      const int place = call.rank < item.source ? call.rank : call.rank - 1;
+      char* const sums = item.source == call.rank ? p.out : reinterpret_cast<char*>(shared.address[item.source][kScratch]) +
+                                                                static_cast<int64_t>(place) * p.num_tokens * p.row_bytes;
+      SumRows<T, kWeighted>(OwnRows<T, kWeighted>(p, item.choice, end), begin, sums + item.token * p.row_bytes, false);
+    } else if (item.token >= 0) {
+      const int slot = item.choice, owner = slot >= 0 ? slot / capacity : -1, row = slot - owner * capacity;
+      char* const target = p.out + item.token * p.row_bytes;
+      Rows sums{__reduce_or_sync(~0u, slot >= 0 ? 1u << owner : 0u), nullptr, 1.f, end};
+      const bool holds = sums.holders >> lane & 1;
+      if (kReduce && call.num_ranks == 1) {
+        SumOrClear<T, kWeighted>(OwnRows<T, kWeighted>(p, slot >= 0 ? row : -1, end), begin, target, true);
+      } else if (kReduce) {
+        const uint32_t want = item.step + 1;
+        if (came && holds && seen < want) {
           uint64_t value;
           came = Await(call, &call.window->progress[lane][blockIdx.x], want, kRows, lane, blockIdx.x, &value);
           seen = static_cast<uint32_t>(value);
@@ -186,22 +219,21 @@ __device__ void Work(const CombineParams& p, const Call& call, const Steps& step
         came = __all_sync(~0u, came);
         __syncwarp();  // each lane acquired for all
         const int64_t place = lane < call.rank ? lane : lane - 1;
-        pointer = p.scratch + (place * p.num_tokens + token) * p.row_bytes;
+        sums.pointer = lane == call.rank ? target : p.scratch + (place * p.num_tokens + item.token) * p.row_bytes;
+        if (came) SumOrClear<T, false>(sums, begin, target, false);
       } else {
-        const int row_there = FirstRowOn(lane, slot, p.num_topk, capacity);
-        if (ranks >> lane & 1) pointer = reinterpret_cast<const char*>(shared.address[lane][kY]) + row_there * p.row_bytes;
+        const int there = FirstRowOn(lane, owner, row, p.num_topk);
+        sums.pointer = holds ? reinterpret_cast<const char*>(shared.address[lane][kY]) + there * p.row_bytes : nullptr;
+        SumOrClear<T, false>(sums, begin, target, call.num_ranks == 1);
       }
-      if (p.row_bytes > 0 && came) {
-        Sum<T, kWeighted, kReduce>(p, call.rank, ranks, pointer, owner == call.rank ? row : -1, piece, p.out + token * p.row_bytes);
-      }
-      if (piece == 0 && p.carried_back != nullptr && lane < p.num_topk) {
+      if (item.piece == 0 && p.carried_back != nullptr && lane < p.num_topk) {
         const int64_t place = p.one_row_a_rank ? static_cast<int64_t>(row) * p.num_topk + lane : row;
-        p.carried_back[token * p.num_topk + lane] =
+        p.carried_back[item.token * p.num_topk + lane] =
             slot >= 0 ? __ldcg(reinterpret_cast<const float*>(shared.address[owner][kCarried]) + place) : 0.f;
       }
     }
     __syncwarp();
-    if (lane == 0) StoreReleaseShared(&shared.next[warp], item + kWorkers);
+    if (lane == 0) StoreReleaseShared(&shared.next[warp], index + kWorkers);
   }
   __syncwarp();
   if (lane == 0) StoreReleaseShared(&shared.next[warp], ~0u);

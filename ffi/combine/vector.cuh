@@ -63,6 +63,9 @@ struct Vector<float> {
   }
 };
 
+// From L2: rows are read once, and some were written by peers while this kernel ran.
+__device__ __forceinline__ int4 LoadRow(const char* row) { return __ldcg(reinterpret_cast<const int4*>(row)); }
+
 // sum += y, or sum += round(weight * y).
 template <class T, bool kWeighted>
 __device__ __forceinline__ void Accumulate(float (&sum)[Vector<T>::kSize], const int4& bits, float weight) {

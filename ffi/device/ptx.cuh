@@ -64,10 +64,14 @@ __device__ __forceinline__ void FenceMbarrierInit() {
   asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
 }
 
-// Global to shared; completes one phase of `barrier`.
-__device__ __forceinline__ void BulkLoad(void* shared, const void* global, uint32_t num_bytes, uint64_t* barrier) {
+// The coming phase of `barrier` ends when `num_bytes` have been loaded.
+__device__ __forceinline__ void ExpectBytes(uint64_t* barrier, uint32_t num_bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(SharedAddress(barrier)), "r"(num_bytes)
                : "memory");
+}
+
+// Global to shared; counts towards what `barrier` expects.
+__device__ __forceinline__ void BulkLoad(void* shared, const void* global, uint32_t num_bytes, uint64_t* barrier) {
   asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
                    SharedAddress(shared)),
                "l"(global), "r"(num_bytes), "r"(SharedAddress(barrier))

@@ -71,9 +71,10 @@ __device__ __noinline__ static uint64_t Poll(const Call& call, const uint64_t* f
       if (!regardless && !Reached(call, value, state)) Fail(call, phase, peer, lane, expected, value);
       return value;
     }
+    if (tries > 8) __nanosleep(20);
     if (tries % 32 != 0) continue;
     if (!regardless && HasFailed(call)) return value;
-    if (NanoSeconds() - start > call.group->status->timeout_ns) {
+    if (NanoSeconds() - start > *const_cast<const volatile uint64_t*>(&call.group->timeout_ns)) {
       if (!regardless) Fail(call, phase, peer, lane, expected, value);
       return value;
     }

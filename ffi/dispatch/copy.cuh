@@ -15,45 +15,47 @@ struct CopyPipe {
   const DispatchPlan& plan;
   DispatchShared& shared;
   char* stage;
-  int slot_of_warp, in = 0, out = 0, in_flight = 0;
+  int warp, in = 0, out = 0, in_flight = 0;
   uint32_t parity = 0;
 
   __device__ CopyPipe(const DispatchPlan& plan, DispatchShared& shared, char* stages, int warp)
-      : plan(plan), shared(shared), stage(stages + warp * plan.copy.stages * plan.copy.stride), slot_of_warp(warp) {}
+      : plan(plan), shared(shared), stage(stages + warp * plan.copy.stages * plan.copy.stride), warp(warp) {}
 
   // Stores what was loaded longest ago.
   __device__ __forceinline__ void Drain() {
     const Pieces& pieces = plan.copy;
     const RowArray& rows = plan.params.rows[0];
-    const int lane = threadIdx.x % 32, row = shared.copy_row[slot_of_warp][out][lane];
-    const int64_t offset = shared.copy_offset[slot_of_warp][out];
-    WaitMbarrier(&shared.copy_full[slot_of_warp][out], parity);
-    if (row >= 0) {
-      BulkStore(rows.recv + row * rows.row_bytes + offset, stage + out * pieces.stride,
-                PieceBytes(pieces, rows.row_bytes, offset));
-    }
+    const int row = shared.copy_row[warp][out][threadIdx.x % 32], piece = shared.copy_piece[warp][out];
+    WaitMbarrier(&shared.copy_full[warp][out], parity);
+    if (row >= 0) StorePiece(pieces, rows.recv, rows.row_bytes, plan.params.rows[1].recv, row, piece, stage + out * pieces.stride);
     CommitBulkGroup();
     if (++out == pieces.stages) out = 0, parity ^= 1;
     --in_flight;
   }
 
-  // Copies the row at `source` to the rows that the lanes name (-1: none). Called by the whole warp.
-  __device__ __forceinline__ void Copy(const char* source, int row) {
+  // Copies row `from` of arrays `first` and `second` to the rows that the lanes name (-1: none). Called by the whole warp.
+  __device__ __forceinline__ void Copy(const char* first, const char* second, int64_t from, int row) {
     const Pieces& pieces = plan.copy;
     const int lane = threadIdx.x % 32;
     for (int piece = 0; piece < pieces.per_row; ++piece) {
       if (in_flight == pieces.stages - 1) Drain();
       WaitBulkRead<1>();  // the stage filled now was stored from before the newest group
-      shared.copy_row[slot_of_warp][in][lane] = row;
-      const int64_t offset = static_cast<int64_t>(piece) * pieces.bytes;
-      if (lane == 0) shared.copy_offset[slot_of_warp][in] = offset;
+      shared.copy_row[warp][in][lane] = row;
+      if (lane == 0) shared.copy_piece[warp][in] = piece;
       __syncwarp();
       if (lane == 0) {
-        BulkLoad(stage + in * pieces.stride, source + offset,
-                 PieceBytes(pieces, plan.params.rows[0].row_bytes, offset), &shared.copy_full[slot_of_warp][in]);
+        LoadPiece(pieces, first, plan.params.rows[0].row_bytes, second, from, piece, stage + in * pieces.stride,
+                  &shared.copy_full[warp][in]);
       }
       if (++in == pieces.stages) in = 0;
       ++in_flight;
+    }
+    if (plan.params.num_row_arrays > 1 && pieces.second_bytes == 0) {
+      const RowArray& small = plan.params.rows[1];
+      for (uint32_t rest = __ballot_sync(~0u, row >= 0); rest != 0; rest &= rest - 1) {
+        const int64_t target = __shfl_sync(~0u, row, __ffs(rest) - 1);
+        CopySmallRow(small.recv + target * small.row_bytes, second + from * small.row_bytes, small.row_bytes);
+      }
     }
   }
 
@@ -68,15 +70,6 @@ __device__ __forceinline__ int DistinctRow(const DispatchPlan& plan, int row) {
   if (plan.params.layout != Layout::kRank) return row;
   const uint32_t same = __match_any_sync(~0u, row);
   return (same & ((1u << (threadIdx.x % 32)) - 1)) == 0 ? row : -1;
-}
-
-// The second array's rows go by ordinary loads and stores.
-__device__ __forceinline__ void CopySecondArray(const DispatchPlan& plan, const char* source, int row) {
-  const RowArray& small = plan.params.rows[1];
-  for (uint32_t rest = __ballot_sync(~0u, row >= 0); rest != 0; rest &= rest - 1) {
-    const int target = __shfl_sync(~0u, row, __ffs(rest) - 1);
-    CopySmallRow(small.recv + target * small.row_bytes, source, small.row_bytes);
-  }
 }
 
 // Zero rows of the result: [first[i], first[i] + (before[i + 1] - before[i])) for each range i.
@@ -193,8 +186,7 @@ __device__ inline void CopyRows(const DispatchPlan& plan, const Call& call, Disp
       if (p.operation != kDispatchCached) came = await(call.rank, i % num_lanes, kPosted);
       const int row = rows_of(call.rank, token);
       if (!came || __ballot_sync(~0u, row >= 0) == 0) continue;
-      pipe.Copy(p.rows[0].x + token * p.rows[0].row_bytes, row);
-      if (p.num_row_arrays > 1) CopySecondArray(plan, p.rows[1].x + token * p.rows[1].row_bytes, row);
+      pipe.Copy(p.rows[0].x, p.rows[1].x, token, row);
     }
   }
   if (came) WriteZeroRows(plan, zero, zeros, index);
@@ -210,10 +202,9 @@ __device__ inline void CopyRows(const DispatchPlan& plan, const Call& call, Disp
       int row = rows_of(source, token);
       const uint32_t holders = __ballot_sync(~0u, row >= 0);
       if ((holders & (holders - 1)) == 0) continue;
-      const int64_t primary = __shfl_sync(~0u, row, __ffs(holders) - 1);
+      const int primary = __shfl_sync(~0u, row, __ffs(holders) - 1);
       if (lane == __ffs(holders) - 1) row = -1;
-      pipe.Copy(p.rows[0].recv + primary * p.rows[0].row_bytes, row);
-      if (p.num_row_arrays > 1) CopySecondArray(plan, p.rows[1].recv + primary * p.rows[1].row_bytes, row);
+      pipe.Copy(p.rows[0].recv, p.rows[1].recv, primary, row);
     }
   }
   pipe.Finish();

@@ -131,12 +131,13 @@ __global__ void __launch_bounds__(kDispatchThreads, 1) DispatchKernel(const __gr
 int RoundUp(int64_t value, int to) { return static_cast<int>((value + to - 1) / to * to); }
 
 // Rows in pieces of at most `limit` bytes, as many stages as fit into `bytes`.
-Pieces Split(int64_t row_bytes, int limit, int bytes, int least, int most) {
+Pieces Split(int64_t row_bytes, int64_t second_bytes, int limit, int bytes, int least, int most) {
   Pieces pieces;
   const int64_t num = std::max<int64_t>((row_bytes + limit - 1) / limit, 1);
   pieces.bytes = RoundUp((row_bytes + num - 1) / num, num > 1 ? 128 : 16);
   pieces.per_row = static_cast<int>((row_bytes + pieces.bytes - 1) / std::max(pieces.bytes, 16));
-  pieces.stride = std::max(RoundUp(pieces.bytes, 128), 128);
+  pieces.second_bytes = second_bytes % 16 == 0 && second_bytes <= 2048 ? static_cast<int>(second_bytes) : 0;
+  pieces.stride = std::max(RoundUp(pieces.bytes + pieces.second_bytes, 128), 128);
   pieces.stages = std::min(std::max(bytes / pieces.stride, least), most);
   return pieces;
 }
@@ -166,8 +167,9 @@ cudaError_t LaunchDispatch(const DispatchParams& params, int num_ranks, const Di
   plan.num_copy_warps = plan.num_send_blocks * copy_warps + (num_blocks - plan.num_send_blocks) * kDispatchWarps;
   plan.num_bins = params.num_experts + (params.layout == Layout::kRank ? num_ranks : 0);
   const int64_t row_bytes = params.num_row_arrays > 0 ? params.rows[0].row_bytes : 16;
-  plan.send = Split(row_bytes, kMaxSendPiece, config.send_bytes_in_flight, 3, kMaxSendStages);
-  plan.copy = Split(row_bytes, kMaxCopyPiece, 24576, 3, kMaxCopyStages);
+  const int64_t second_bytes = params.num_row_arrays > 1 ? params.rows[1].row_bytes : 0;
+  plan.send = Split(row_bytes, second_bytes, kMaxSendPiece, config.send_bytes_in_flight, 3, kMaxSendStages);
+  plan.copy = Split(row_bytes, second_bytes, kMaxCopyPiece, 24576, 3, kMaxCopyStages);
   plan.zero_bytes = static_cast<int>(std::min<int64_t>(row_bytes, kMaxZeroBytes));
   const int num_local = params.num_experts / num_ranks;
   plan.zero_rows_offset = RoundUp(plan.zero_bytes, 16);

@@ -13,9 +13,14 @@ constexpr int kPublishWarp = 2;     // of a send block
 constexpr int kFirstCopyWarp = 3;   // of a send block; in the other blocks every warp copies
 constexpr int kMaxSendStages = 16, kMaxCopyStages = 8;
 
-// A row is moved in pieces of at most `bytes`, each through one stage of shared memory.
+// A row is moved in pieces of at most `bytes`, each through one stage of shared memory. The first piece takes the row of
+// the second array along, behind its own bytes, if that is a multiple of 16 bytes and short; else `second_bytes` is 0.
 struct Pieces {
-  int bytes, per_row, stages, stride;
+  int bytes, per_row, stages, stride, second_bytes;
+
+  __device__ int Size(int64_t row_bytes, int piece) const {
+    return static_cast<int>(min(static_cast<int64_t>(bytes), row_bytes - static_cast<int64_t>(piece) * bytes));
+  }
 };
 
 struct DispatchPlan {
@@ -40,7 +45,7 @@ struct DispatchShared {
   uint64_t send_full[kSendWarps][kMaxSendStages];
   uint64_t copy_full[kDispatchWarps][kMaxCopyStages];
   int32_t copy_row[kDispatchWarps][kMaxCopyStages][32];
-  int64_t copy_offset[kDispatchWarps][kMaxCopyStages];
+  int copy_piece[kDispatchWarps][kMaxCopyStages];
   uint32_t sent[kSendWarps];                   // 1 + tokens of that lane which have arrived; kDone; kGone
 };
 

@@ -10,9 +10,19 @@
 
 namespace jax_ep {
 
-// Bytes [begin, end) of a row make up one piece.
-__device__ __forceinline__ int PieceBytes(const Pieces& pieces, int64_t row_bytes, int64_t offset) {
-  return static_cast<int>(min(static_cast<int64_t>(pieces.bytes), row_bytes - offset));
+// Loads one piece of row `row` of x (or of rows received before) into a stage. Called by one lane.
+__device__ __forceinline__ void LoadPiece(const Pieces& pieces, const char* first, int64_t row_bytes, const char* second,
+                                          int64_t row, int piece, char* stage, uint64_t* full) {
+  const int size = pieces.Size(row_bytes, piece), second_size = piece == 0 ? pieces.second_bytes : 0;
+  ExpectBytes(full, size + second_size);
+  BulkLoad(stage, first + row * row_bytes + static_cast<int64_t>(piece) * pieces.bytes, size, full);
+  if (second_size > 0) BulkLoad(stage + pieces.bytes, second + row * second_size, second_size, full);
+}
+
+__device__ __forceinline__ void StorePiece(const Pieces& pieces, char* first, int64_t row_bytes, char* second, int64_t row,
+                                           int piece, const char* stage) {
+  BulkStore(first + row * row_bytes + static_cast<int64_t>(piece) * pieces.bytes, stage, pieces.Size(row_bytes, piece));
+  if (piece == 0 && pieces.second_bytes > 0) BulkStore(second + row * pieces.second_bytes, stage + pieces.bytes, pieces.second_bytes);
 }
 
 // Copies a row of the second array, any number of bytes, to `target`; called by one whole warp.
@@ -31,28 +41,26 @@ __device__ __forceinline__ void CopySmallRow(char* target, const char* source, i
   }
 }
 
-// Lane i serves the rank i + 1 after this one, so that no two ranks begin with the same peer; own rows are the copiers' work.
+// Lane k serves choice k: the first choice on a rank sends the row there; own rows are the copiers' work.
 // Few rows in flight: more would clog the receivers' links.
 __device__ inline void SendRows(const DispatchPlan& plan, const Call& call, DispatchShared& shared, char* stages) {
+  constexpr int kReportEvery = 4, kUnreported = 12;  // pieces; a store over the link takes several µs to complete
   const DispatchParams& p = plan.params;
   const Pieces& pieces = plan.send;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int sending_lane = kSendWarps * blockIdx.x + warp;
   const int begin = plan.TokenBegin(sending_lane), end = plan.TokenBegin(sending_lane + 1);
-  const int peer = (call.rank + 1 + lane) % call.num_ranks;
-  const bool serves = lane < call.num_ranks - 1;
   const RowArray& rows = p.rows[0];
+  const bool second_apart = p.num_row_arrays > 1 && pieces.second_bytes == 0;
   char* stage = stages + warp * pieces.stages * pieces.stride;
   uint64_t* full = shared.send_full[warp];
-  char* const recv = reinterpret_cast<char*>(shared.address[peer][kRecvRows]);
 
   int load_token = begin, load_piece = 0, load_stage = 0;
   const auto load = [&] {
     if (load_token >= end) return;
     if (lane == 0) {
-      const int64_t offset = static_cast<int64_t>(load_piece) * pieces.bytes;
-      BulkLoad(stage + load_stage * pieces.stride, rows.x + load_token * rows.row_bytes + offset,
-               PieceBytes(pieces, rows.row_bytes, offset), &full[load_stage]);
+      LoadPiece(pieces, rows.x, rows.row_bytes, p.rows[1].x, load_token, load_piece, stage + load_stage * pieces.stride,
+                &full[load_stage]);
     }
     if (++load_stage == pieces.stages) load_stage = 0;
     if (++load_piece == pieces.per_row) load_piece = 0, ++load_token;
@@ -68,33 +76,31 @@ __device__ inline void SendRows(const DispatchPlan& plan, const Call& call, Disp
   for (int token = begin; token < end; ++token) {
     const int slot = next_slot;
     next_slot = load_slot(token + 1);
-    const int found = FirstRowOn(peer, slot, p.num_topk, p.max_recv_tokens);
-    const int row = serves ? found : -1;
-    if (p.num_row_arrays > 1) {
-      const RowArray& small = p.rows[1];
-      for (int i = 0; i + 1 < call.num_ranks; ++i) {
-        const int target_row = __shfl_sync(~0u, row, i), target = (call.rank + 1 + i) % call.num_ranks;
-        if (target_row < 0) continue;
-        CopySmallRow(reinterpret_cast<char*>(shared.address[target][kRecvRows1]) + target_row * small.row_bytes,
-                     small.x + token * small.row_bytes, small.row_bytes);
+    const int rank = slot >= 0 ? slot / p.max_recv_tokens : -1, row = slot - rank * p.max_recv_tokens;
+    const uint32_t same = __match_any_sync(~0u, rank);
+    const bool sends = rank >= 0 && rank != call.rank && (same & ((1u << lane) - 1)) == 0;
+    char* const target = sends ? reinterpret_cast<char*>(shared.address[rank][kRecvRows]) : nullptr;
+    char* const second = sends ? reinterpret_cast<char*>(shared.address[rank][kRecvRows1]) : nullptr;
+    if (second_apart) {
+      for (uint32_t rest = __ballot_sync(~0u, sends); rest != 0; rest &= rest - 1) {
+        const int holder = __ffs(rest) - 1;
+        char* place = second + row * p.rows[1].row_bytes;
+        place = reinterpret_cast<char*>(__shfl_sync(~0u, reinterpret_cast<uint64_t>(place), holder));
+        CopySmallRow(place, p.rows[1].x + token * p.rows[1].row_bytes, p.rows[1].row_bytes);
       }
     }
     for (int piece = 0; piece < pieces.per_row; ++piece) {
-      const int64_t offset = static_cast<int64_t>(piece) * pieces.bytes;
       WaitMbarrier(&full[now], parity);
-      if (row >= 0) {
-        BulkStore(recv + row * rows.row_bytes + offset, stage + now * pieces.stride,
-                  PieceBytes(pieces, rows.row_bytes, offset));
-      }
+      if (sends) StorePiece(pieces, target, rows.row_bytes, second, row, piece, stage + now * pieces.stride);
       CommitBulkGroup();
       if (++now == pieces.stages) now = 0, parity ^= 1;
       WaitBulkRead<1>();  // the stage filled next is the one stored from before this one
       __syncwarp();
       load();
-      if (++stored % 4 == 0) {
-        WaitBulkDone<4>();
+      if (++stored % kReportEvery == 0 && stored > kUnreported) {
+        WaitBulkDone<kUnreported>();
         __syncwarp();
-        if (lane == 0) StoreReleaseShared(&shared.sent[warp], 1 + (stored - 4) / pieces.per_row);
+        if (lane == 0) StoreReleaseShared(&shared.sent[warp], 1 + (stored - kUnreported) / pieces.per_row);
       }
     }
   }

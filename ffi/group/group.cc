@@ -18,7 +18,6 @@ struct Registry {
   std::vector<std::unique_ptr<Group>> groups;
   std::map<std::vector<int>, int64_t> by_devices;
   uint64_t timeout_ns = 60'000'000'000;
-  std::vector<Status*> statuses;
 };
 
 Registry& TheRegistry() {
@@ -45,7 +44,7 @@ class DeviceGuard {
 const char* const kOperations[] = {"dispatch", "dispatch_cached", "notify", "combine", "barrier"};
 const char* const kPhases[] = {"meet (the peer's post)", "rows (the peer's progress)", "leave (the peer's end of call)", "refused"};
 
-std::string InWords(const Status& status) {
+std::string InWords(const Status& status, uint64_t timeout_ns) {
   const uint64_t seen = status.seen, epoch = status.epoch;
   const auto state = [](uint64_t flag) {
     const uint32_t low = static_cast<uint32_t>(flag);
@@ -56,7 +55,7 @@ std::string InWords(const Status& status) {
                      ", call " + std::to_string(epoch) + " of the group, for state " + state(status.expected) + "; ";
   if (seen >> 32 > epoch) return text + "that rank is already in call " + std::to_string(seen >> 32) + ", so it has given this one up";
   if (seen >> 32 == epoch && static_cast<uint32_t>(seen) == kGone) return text + "that rank has given up";
-  text += "after " + std::to_string(status.timeout_ns / 1'000'000) + " ms it saw ";
+  text += "after " + std::to_string(timeout_ns / 1'000'000) + " ms it saw ";
   if (seen >> 32 < epoch) return text + "nothing of this call (that rank was last seen in call " + std::to_string(seen >> 32) + ")";
   return text + "state " + state(seen);
 }
@@ -87,8 +86,6 @@ Group::Group(int64_t id, const std::vector<int>& devices) : id_(id), ranks_(devi
     Check("cudaMalloc", cudaMalloc(reinterpret_cast<void**>(&rank.view), sizeof(GroupView)));
     Check("cudaHostAlloc", cudaHostAlloc(reinterpret_cast<void**>(&rank.status), sizeof(Status), cudaHostAllocMapped | cudaHostAllocPortable));
     *rank.status = Status{};
-    rank.status->timeout_ns = TheRegistry().timeout_ns;
-    TheRegistry().statuses.push_back(rank.status);
     // A kernel first loaded while a peer's kernel waits for it would never run.
     Check("loading dispatch", LoadDispatch());
     Check("loading combine", LoadCombine());
@@ -98,6 +95,7 @@ Group::Group(int64_t id, const std::vector<int>& devices) : id_(id), ranks_(devi
     GroupView view{};
     view.rank = static_cast<int>(i);
     view.num_ranks = num_ranks();
+    view.timeout_ns = TheRegistry().timeout_ns;
     view.status = ranks_[i].status;
     for (size_t peer = 0; peer < ranks_.size(); ++peer) view.window[peer] = ranks_[peer].window;
     Check("cudaSetDevice", cudaSetDevice(ranks_[i].device));
@@ -130,7 +128,20 @@ void Group::SetTimeout(double seconds) {
   Registry& registry = TheRegistry();
   std::lock_guard<std::mutex> lock(registry.mutex);
   registry.timeout_ns = static_cast<uint64_t>(seconds * 1e9);
-  for (Status* status : registry.statuses) status->timeout_ns = registry.timeout_ns;
+  DeviceGuard guard;
+  for (const auto& group : registry.groups) group->SetViewTimeout(registry.timeout_ns);
+}
+
+// A stream of its own: the default one could wait for a kernel that waits for a peer.
+void Group::SetViewTimeout(uint64_t timeout_ns) {
+  for (const Rank& rank : ranks_) {
+    cudaStream_t stream;
+    Check("cudaSetDevice", cudaSetDevice(rank.device));
+    Check("cudaStreamCreate", cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking));
+    Check("cudaMemcpy", cudaMemcpyAsync(&rank.view->timeout_ns, &timeout_ns, sizeof timeout_ns, cudaMemcpyHostToDevice, stream));
+    Check("cudaStreamSynchronize", cudaStreamSynchronize(stream));
+    cudaStreamDestroy(stream);
+  }
 }
 
 bool Group::HavePeerAccess(const std::vector<int>& devices) {
@@ -156,7 +167,7 @@ std::string Group::TakeFailure(int rank) {
     const uint32_t failures = ranks_[i].status->failures;
     if (failures == ranks_[rank].reported[i]) continue;
     ranks_[rank].reported[i] = failures;
-    text += (text.empty() ? "" : "; ") + InWords(*ranks_[i].status);
+    text += (text.empty() ? "" : "; ") + InWords(*ranks_[i].status, TheRegistry().timeout_ns);
   }
   return text;
 }

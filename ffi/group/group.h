@@ -42,6 +42,7 @@ class Group {
   };
 
   explicit Group(int64_t id, const std::vector<int>& devices);
+  void SetViewTimeout(uint64_t timeout_ns);
 
   int64_t id_;
   std::vector<Rank> ranks_;

@@ -34,9 +34,9 @@ struct Window {
   alignas(128) int32_t counts[2][kMaxRanks][kMaxSendBlocks][kMaxBins];
 };
 
-// In host memory that the device maps: how long to wait, and after a failure who waited for whom. `failures` is stored last.
+// In host memory that the device maps: after a failure, who waited for whom. `failures` is stored last. Never read while waiting:
+// hundreds of warps that read over PCIe take milliseconds.
 struct Status {
-  volatile uint64_t timeout_ns;
   volatile uint32_t failures;
   volatile uint32_t operation, phase;
   volatile int32_t rank, peer, lane;
@@ -45,6 +45,7 @@ struct Status {
 
 struct GroupView {
   int32_t rank, num_ranks;
+  uint64_t timeout_ns;
   Status* status;
   Window* window[kMaxRanks];
 };

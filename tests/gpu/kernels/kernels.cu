@@ -508,8 +508,8 @@ int Bench(const char* ceiling_file) {
     for (int r = 0; r < 2; ++r) arrays[r].combine.carried_back = nullptr;
     for (int r = 0; r < 2; ++r) gates.push_back(memory[r]->Make<float>(c.capacity, 0x3c));
     for (int sms : {8, 12, 16, 24, 64}) {
-      for (int send : {8, 10, 12, 16}) {
-        if (send > sms || (sms == 8 && send != 8) || (sms > 8 && send == 8) || (sms == 64 && send != 12)) continue;
+      for (int send : {8, 12, 16}) {
+        if (send > sms || (sms == 8 && send != 8) || (sms > 8 && send == 8)) continue;
         DispatchConfig dispatch_config;
         dispatch_config.num_sms = sms, dispatch_config.num_send_blocks = send;
         CombineConfig combine_config;
