@@ -31,6 +31,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from jax_ep._src import compat
 from jax_ep._src import primitives as p
@@ -98,7 +99,10 @@ def _define_transposes(one: compat.Primitive, other: compat.Primitive) -> None:
 def _dispatch_jvp(primals: Any, tangents: Any, **params: Any) -> Any:
     routing, num_rows = params["routing"], params["num_rows"]
     results = p.dispatch_p.bind(*primals, **params)
-    routed = results[-p.num_routed(routing) :]
+    first_routed = len(results) - p.num_routed(routing)
+    # The tangent's transpose needs the routing: under its name, or a policy that saves the handle would not save this.
+    routed = [checkpoint_name(array, "jax_ep_handle") for array in results[first_routed:]]
+    results = [*results[:first_routed], *routed]
     payload_dot = list(tangents[:-1])
     if params["wire"] is not None and type(payload_dot[0]) is not Zero:
         raise NotImplementedError(
