@@ -17,10 +17,7 @@ from spmd import (
     dispatch,
     expect,
     inputs,
-    merge_ranks,
-    mesh_of,
     on_every_rank,
-    split_ranks,
 )
 from strategies import any_bits, draw_topk_idx, few_examples, stamped, topk_idx
 
@@ -64,7 +61,7 @@ def test_every_row_gate_and_count_equals_the_oracles(case):
 
 @pytest.mark.parametrize("case", DEFAULT_CAPACITY, ids=str)
 def test_the_default_capacity_holds_the_worst_case(case):
-    """ "batched" holds it for experts that differ within a token; for the others one expert may be named by every choice."""
+    """With "batched" of experts that differ within a token; else also of one expert named by every choice."""
     for style in ("distinct", "hot_expert", "silent_rank", "one_rank", "one_expert"):
         x, weights, other_x = inputs(case)
         recv, handle, _ = program(case)(x, draw_topk_idx(case, style), weights, other_x)
@@ -118,6 +115,16 @@ def test_without_weights_there_are_none(layout):
     idx = draw_topk_idx(small, "any")
     recv, handle = on_every_rank(small, functools.partial(dispatch, small))(x, idx)
     assert_dispatched(recv, handle, expect(small, handle, idx, x, None))
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_weights_of_fewer_bits_ride_along_as_f32(dtype):
+    small = case("expert")
+    x, weights, _ = inputs(small)
+    weights = weights.astype(jnp.dtype(dtype))
+    idx = draw_topk_idx(small, "any")
+    recv, handle = on_every_rank(small, functools.partial(dispatch, small))(x, idx, weights)
+    assert_same_bits(recv.weights, expect(small, handle, idx, x, weights.astype(np.float32)).weights)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -275,15 +282,3 @@ def test_dispatch_cached_takes_another_width_and_dtype():
 
     handle, rows = on_every_rank(small, f)(x, idx, weights, other_x)
     assert_same_bits(rows, expect(small, handle, idx, other_x, None).x)
-
-
-def test_dispatch_under_eager_shard_map():
-    """Without jit around it."""
-    small = case("expert")
-    x, weights, other_x = inputs(small)
-    idx = draw_topk_idx(small, "any")
-    expected, _, _ = program(small)(x, idx, weights, other_x)
-    spec = jax.P(small.axis_name)
-    f = jax.shard_map(functools.partial(dispatch, small), mesh=mesh_of(small), in_specs=spec, out_specs=spec)
-    recv, _ = split_ranks(f(*merge_ranks((x, idx, weights))), small.num_ranks)
-    assert_same_tree(recv, expected)

@@ -1,0 +1,152 @@
+"""dispatch_start and dispatch_done, combine_start and combine_done: to the bit what the whole calls give, with work in between."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from cases import TINY, case
+from spmd import LAYOUTS, assert_same_tree, dispatch, on_every_rank
+from strategies import draw_topk_idx, integers, normal
+
+import jax_ep
+
+ONE_OF_A_KIND = [
+    c
+    for c in TINY
+    if c.name
+    in (
+        "expert",
+        "expert-tight-aligned",
+        "expert-no-tokens",
+        "expert-two-axes",
+        "rank-tight",
+        "rank-three-ranks",
+        "batched-tight",
+    )
+]
+
+
+def whole(case, x, topk_idx, weights):
+    recv, handle = dispatch(case, x, topk_idx, weights)
+    return recv, handle, jax_ep.combine(recv.x * recv.x, handle, None if case.layout == "rank" else recv.weights)
+
+
+def halved(case, x, topk_idx, weights):
+    pending = dispatch(case, x, topk_idx, weights, start_only=True)
+    meanwhile = jnp.cos(x) @ jnp.ones((x.shape[1], 8), x.dtype)
+    recv, handle = jax_ep.dispatch_done(pending)
+    pending = jax_ep.combine_start(recv.x * recv.x, handle, None if case.layout == "rank" else recv.weights)
+    meanwhile = meanwhile + 1
+    return recv, handle, jax_ep.combine_done(pending) + 0 * meanwhile[:, :1]
+
+
+def arrays(case):
+    shape = (case.num_ranks, case.num_tokens)
+    return (
+        normal(0, *shape, case.hidden, dtype=case.dtype),
+        draw_topk_idx(case, "invalid"),
+        normal(1, *shape, case.num_topk),
+    )
+
+
+@pytest.mark.parametrize("case", ONE_OF_A_KIND, ids=str)
+def test_halves_give_what_the_whole_gives(case):
+    expected = on_every_rank(case, functools.partial(whole, case))(*arrays(case))
+    assert_same_tree(on_every_rank(case, functools.partial(halved, case))(*arrays(case)), expected)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_halves_without_weights(layout):
+    small = case(layout)
+    x, idx, _ = arrays(small)
+
+    def f(x, idx):
+        recv, handle = jax_ep.dispatch_done(dispatch(small, x, idx, start_only=True))
+        return recv, handle, jax_ep.combine_done(jax_ep.combine_start(recv.x, handle))
+
+    def g(x, idx):
+        recv, handle = dispatch(small, x, idx)
+        return recv, handle, jax_ep.combine(recv.x, handle)
+
+    assert_same_tree(on_every_rank(small, f)(x, idx), on_every_rank(small, g)(x, idx))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_derivatives_of_halves_are_those_of_the_whole(layout):
+    small = case(layout)
+    _, idx, _ = arrays(small)
+    x, ct = (integers(seed, small.num_ranks, small.num_tokens, small.hidden) for seed in (2, 3))
+    weights = integers(4, *idx.shape)
+
+    def derivatives(f):
+        def g(x, idx, weights, ct):
+            def loss(x, weights):
+                return (f(small, x, idx, weights)[2] * ct).sum()
+
+            tangent = jax.jvp(lambda x, weights: f(small, x, idx, weights)[2], (x, weights), (ct, weights))
+            return jax.grad(loss, (0, 1))(x, weights), tangent
+
+        return on_every_rank(small, g)(x, idx, weights, ct)
+
+    assert_same_tree(derivatives(halved), derivatives(whole))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_halves_under_vmap_scan_and_remat(layout):
+    small = case(layout)
+    x, idx, weights = arrays(small)
+    xs = np.stack([x, -x, 2 * x], axis=1)  # [R, 3, T, H]
+
+    def loop(f):
+        def g(x, idx, weights):  # x[3, T, H]: what shard_map hands over, the batch first
+            one = jax.checkpoint(lambda x: f(small, x, idx, weights)[2])
+            return jax.vmap(one)(x), jax.lax.map(one, x), jnp.stack([one(x[i]) for i in range(3)])
+
+        return on_every_rank(small, g)(xs, idx, weights)
+
+    batched, scanned, looped = loop(halved)
+    assert_same_tree((batched, scanned), (looped, looped))
+    assert_same_tree((batched, scanned, looped), loop(whole))
+
+
+@pytest.mark.parametrize("wire", ["fp8", "fp8_ue8m0", "mxfp8"])
+def test_halves_in_a_wire_format(wire):
+    small = case("expert")
+    x, idx, weights = arrays(small)
+
+    def f(x, idx, weights):
+        return jax_ep.dispatch_done(dispatch(small, x, idx, weights, start_only=True, wire=wire))
+
+    expected = on_every_rank(small, functools.partial(dispatch, small, wire=wire))(x, idx, weights)
+    assert_same_tree(on_every_rank(small, f)(x, idx, weights), expected)
+
+
+def test_two_calls_in_flight_at_once_do_not_mix():
+    """Started in one order, finished in the other."""
+    small = case("expert")
+    x, idx, weights = arrays(small)
+
+    def f(x, idx, weights):
+        first = dispatch(small, x, idx, weights, start_only=True)
+        second = dispatch(small, -x, idx[::-1], weights, start_only=True)
+        recv2, handle2 = jax_ep.dispatch_done(second)
+        recv1, handle1 = jax_ep.dispatch_done(first)
+        back1 = jax_ep.combine_start(recv1.x, handle1, recv1.weights)
+        back2 = jax_ep.combine_start(recv2.x, handle2)
+        return recv1, handle1, recv2, handle2, jax_ep.combine_done(back2), jax_ep.combine_done(back1)
+
+    def g(x, idx, weights):
+        recv1, handle1 = dispatch(small, x, idx, weights)
+        recv2, handle2 = dispatch(small, -x, idx[::-1], weights)
+        return (
+            recv1,
+            handle1,
+            recv2,
+            handle2,
+            jax_ep.combine(recv2.x, handle2),
+            jax_ep.combine(recv1.x, handle1, recv1.weights),
+        )
+
+    assert_same_tree(on_every_rank(small, f)(x, idx, weights), on_every_rank(small, g)(x, idx, weights))

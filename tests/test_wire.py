@@ -1,0 +1,295 @@
+"""Wire formats: what arrives is what quantize gives, moved; rows quantized elsewhere pass as they are; derivatives are straight-through.
+
+The formats' own arithmetic is held to oracles of its own in test_quantized.py and test_logfmt.py.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracle
+import pytest
+from cases import case
+from spmd import LAYOUTS, assert_same_bits, assert_same_tree, dispatch, expect, on_every_rank
+from strategies import any_bits, draw_topk_idx, gates, integers, normal
+from test_logfmt import oracle_roundtrip
+
+import jax_ep
+
+FORMATS = ("fp8", "fp8_ue8m0", "mxfp8")
+
+
+def wide(name, hidden=160, **changes):
+    """Two groups of 128 columns, or five of 32; the last of 128 is short."""
+    return dataclasses.replace(case(name), hidden=hidden, **changes)
+
+
+def rows_of(c, seed=0):
+    """Rows of very different sizes, as many scales."""
+    x = normal(seed, c.num_ranks, c.num_tokens, c.hidden)
+    return (x * np.exp2(np.arange(x[..., :1].size).reshape(x[..., :1].shape) % 13 - 6)).astype(jnp.dtype(c.dtype))
+
+
+def quantized(x, form):
+    """As NumPy arrays; no carrier."""
+    q = jax_ep.quantize(jnp.asarray(x), form)
+    return np.asarray(q.values), np.asarray(q.scales)
+
+
+@pytest.mark.parametrize("form", FORMATS)
+@pytest.mark.parametrize("name", ["expert", "expert-tight-aligned", "rank", "batched-tight"])
+def test_a_wire_format_moves_what_quantize_gives(name, form):
+    """The scales of rows that hold nothing are zero bytes too, whatever number e8m0 makes of that."""
+    c = wide(name)
+    x, idx = rows_of(c), draw_topk_idx(c, "any")
+    weights = gates(*idx.shape)
+    recv, handle = on_every_rank(c, functools.partial(dispatch, c, wire=form))(x, idx, weights)
+    values, scales = quantized(x, form)
+    expected = expect(c, handle, idx, values, weights)
+    assert_same_bits(recv.x.values, expected.x)
+    assert_same_bits(recv.x.scales, expect(c, handle, idx, scales).x)
+    assert recv.x.format == form
+    assert_same_bits(recv.x.carrier, np.zeros(expected.x.shape, x.dtype))
+    for field in ("weights", "group_sizes", "topk_idx", "num_tokens_per_expert", "num_dropped", "num_invalid"):
+        assert_same_bits(getattr(recv, field), getattr(expected, field), field)
+
+
+@pytest.mark.parametrize("form", FORMATS)
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_other_dtypes_on_the_wire_and_dequantized_again(dtype, form):
+    c = wide("expert", hidden=128, dtype=dtype)
+    x, idx = rows_of(c), draw_topk_idx(c, "distinct")
+
+    def f(x, idx):
+        recv, handle = dispatch(c, x, idx, wire=form)
+        return jax_ep.dequantize(recv.x), handle
+
+    rows, handle = on_every_rank(c, f)(x, idx)
+    each = np.asarray(jax_ep.dequantize(jax_ep.quantize(jnp.asarray(x), form)))
+    assert_same_bits(rows, expect(c, handle, idx, each).x)
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_quantized_rows_travel_as_those_of_a_wire_format(form):
+    """quantize, then dispatch; and the same rows along a handle."""
+    c = wide("expert")
+    x, idx = rows_of(c), draw_topk_idx(c, "any")
+    weights = gates(*idx.shape)
+
+    def f(x, idx, weights):
+        by_wire, handle = dispatch(c, x, idx, weights, wire=form)
+        by_hand, _ = dispatch(c, jax_ep.quantize(x, form), idx, weights)
+        return by_wire, by_hand, jax_ep.dispatch_cached(jax_ep.quantize(x, form), handle)
+
+    by_wire, by_hand, cached = on_every_rank(c, f)(x, idx, weights)
+    assert_same_tree(by_hand, by_wire)
+    assert_same_tree(cached, by_wire.x)
+
+
+CUSTOM = {
+    "packed-fp4-with-e4m3-scales": (("uint8", 32), ("float8_e4m3fn", 4)),
+    "fp8-with-scales-of-one-byte": (("float8_e5m2", 48), ("float8_e8m0fnu", 1)),
+    "int8-with-a-bf16-scale": (("int8", 16), ("bfloat16", 1)),
+    "u32-words-with-f16-scales": (("uint32", 12), ("float16", 3)),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("kind", CUSTOM)
+def test_rows_of_a_users_own_format_pass_as_bytes(kind, layout):
+    c = case(layout)
+    values, scales = (
+        any_bits(seed, c.num_ranks, c.num_tokens, columns, dtype=dtype)
+        for seed, (dtype, columns) in enumerate(CUSTOM[kind])
+    )
+    idx = draw_topk_idx(c, "any")
+    weights = gates(*idx.shape)
+
+    def f(values, scales, idx, weights):
+        mine = jax_ep.Quantized(values, scales)
+        recv, handle = dispatch(c, mine, idx, weights)
+        pending = dispatch(c, mine, idx, weights, start_only=True)
+        return recv, handle, jax_ep.dispatch_cached(mine, handle), jax_ep.dispatch_done(pending)[0]
+
+    recv, handle, cached, by_halves = on_every_rank(c, f)(values, scales, idx, weights)
+    expected = expect(c, handle, idx, values, weights)
+    assert_same_bits(recv.x.values, expected.x)
+    assert_same_bits(recv.x.scales, expect(c, handle, idx, scales).x)
+    assert_same_bits(recv.weights, expected.weights)
+    assert (recv.x.carrier, recv.x.format) == (None, "custom")
+    assert_same_tree(cached, recv.x)
+    assert_same_tree(by_halves, recv)
+
+
+# ---- straight-through derivatives ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("form", FORMATS)
+def test_the_derivative_of_a_wire_format_is_that_of_no_format(form, layout):
+    """Tangents and cotangents travel in x's dtype, unquantized: to the bit those of the plain dispatch."""
+    c = wide(layout)
+    x, x_dot = (integers(seed, c.num_ranks, c.num_tokens, c.hidden, dtype=c.dtype) for seed in (0, 1))
+    idx = draw_topk_idx(c, "any")
+    w, w_dot = (integers(seed, *idx.shape) for seed in (2, 3))
+
+    def f(x, idx, w, x_dot, w_dot):
+        def plain(x, w):
+            recv, _ = dispatch(c, x, idx, w)
+            return recv.x, recv.weights
+
+        def by_wire(x, w):
+            recv, _ = dispatch(c, x, idx, w, wire=form)
+            return jax_ep.dequantize(recv.x), recv.weights
+
+        def by_hand(x, w):
+            recv, _ = dispatch(c, jax_ep.quantize(x, form), idx, w)
+            return jax_ep.dequantize(recv.x), recv.weights
+
+        def by_halves(x, w):
+            recv, _ = jax_ep.dispatch_done(dispatch(c, x, idx, w, start_only=True, wire=form))
+            return jax_ep.dequantize(recv.x), recv.weights
+
+        def derivatives(g):
+            (rows, gate), tangents = jax.jvp(g, (x, w), (x_dot, w_dot))
+            cotangents = jax.vjp(g, x, w)[1]((jnp.ones_like(rows), jnp.ones_like(gate)))
+            return tangents, cotangents
+
+        return tuple(map(derivatives, (plain, by_wire, by_hand, by_halves)))
+
+    expected, *others = on_every_rank(c, f)(x, idx, w, x_dot, w_dot)
+    assert expected[0][0].dtype == x.dtype
+    for got in others:
+        assert_same_tree(got, expected)
+
+
+def test_gates_of_a_users_own_format_have_gradients():
+    c = case("expert")
+    values = any_bits(0, c.num_ranks, c.num_tokens, 16, dtype="uint8")
+    scales = normal(1, c.num_ranks, c.num_tokens, 2)
+    idx = draw_topk_idx(c, "invalid")
+    weights = integers(2, *idx.shape)
+
+    def f(values, scales, idx, weights):
+        def loss(weights):
+            recv, _ = dispatch(c, jax_ep.Quantized(values, scales), idx, weights)
+            return (3 * recv.weights).sum()
+
+        return jax.grad(loss)(weights)
+
+    got = on_every_rank(c, f)(values, scales, idx, weights)
+    np.testing.assert_array_equal(got, 3.0 * ((idx >= 0) & (idx < c.num_experts)))
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_a_layer_in_a_wire_format_under_vmap_scan_and_remat(form):
+    """Every transformation gives the loop's values and gradients; the loop's are those of rows quantized beforehand."""
+    c = wide("expert", hidden=48, dtype="float32")
+    xs = np.stack([rows_of(c, seed) for seed in range(2)], axis=1)  # [R, 2, T, H]
+    idx = draw_topk_idx(c, "any")
+    weights = normal(3, *idx.shape)
+
+    def f(xs, idx, weights):
+        def layer(x, wire):
+            if wire is None:
+                x = jax_ep.dequantize(jax_ep.quantize(x, form))
+            recv, handle = dispatch(c, x, idx, weights, wire=wire)
+            rows = recv.x if wire is None else jax_ep.dequantize(recv.x)
+            return jax_ep.combine(rows * rows, handle, recv.weights)
+
+        def value_and_grad(x, wire=form, wrap=lambda f: f):
+            out, vjp = jax.vjp(wrap(functools.partial(layer, wire=wire)), x)
+            return out, vjp(jnp.ones_like(out))[0]
+
+        remat = functools.partial(value_and_grad, wrap=jax.checkpoint)
+        loop = [jax.tree.map(lambda *a: jnp.stack(a), *(value_and_grad(x, wire) for x in xs)) for wire in (None, form)]
+        return *loop, jax.vmap(value_and_grad)(xs), jax.lax.map(remat, xs), jax.vmap(remat)(xs)
+
+    expected, *others = on_every_rank(c, f)(xs, idx, weights)
+    for got in others:
+        jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-6), got, expected)
+
+
+# ---- the way back ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_logfmt10_on_the_way_back_is_each_ranks_sum_through_the_format(layout, dtype):
+    c = wide(layout, hidden=640, dtype=dtype)  # one piece of 512, one shorter
+    idx = draw_topk_idx(c, "any")
+    x = rows_of(c)
+
+    def send(x, idx, weights):
+        return dispatch(c, x, idx, weights)
+
+    weights = normal(1, *idx.shape)
+    recv, handle = on_every_rank(c, send)(x, idx, weights)
+    y = normal(2, *recv.x.shape) / 8
+    y[..., ::7, :] *= 64  # some rows beyond 1: these travel as they are
+    y = y.astype(x.dtype)
+    gate = None if layout == "rank" else recv.weights
+
+    def back(y, handle, *gate):
+        whole = jax_ep.combine(y, handle, *gate, wire="logfmt10")
+        return whole, jax_ep.combine_done(jax_ep.combine_start(y, handle, *gate, wire="logfmt10"))
+
+    got, by_halves = on_every_rank(c, back)(y, handle, *([] if gate is None else [gate]))
+    assert_same_bits(by_halves, got)
+    routing = expect(c, handle, idx, x).routing
+    by_row = y.reshape(c.num_ranks, -1, c.hidden)
+    gate = None if gate is None else gate.reshape(c.num_ranks, -1)
+    expected = oracle.combine(routing, by_row, gate, wire=lambda partial: oracle_roundtrip(partial[None])[0][0])
+    assert_same_bits(got, expected)
+    exact = oracle.combine(routing, by_row, gate).astype(np.float32)
+    assert (got.astype(np.float32) != exact).any()
+    np.testing.assert_allclose(got.astype(np.float32), exact, rtol=0.05, atol=0.1)
+
+
+def test_the_derivative_of_logfmt10_is_straight_through():
+    c = wide("expert", hidden=512, dtype="float32")
+    idx = draw_topk_idx(c, "any")
+    x, ct = (integers(seed, c.num_ranks, c.num_tokens, c.hidden) / 16 for seed in (0, 1))
+    weights = integers(2, *idx.shape)
+
+    def f(x, idx, weights, ct):
+        def derivatives(wire):
+            def g(x, weights):
+                recv, handle = dispatch(c, x, idx, weights)
+                return (
+                    jax_ep.combine(recv.x, handle, recv.weights, wire=wire),
+                    jax_ep.combine(recv.x, handle, wire=wire),
+                    jax_ep.combine_done(jax_ep.combine_start(recv.x, handle, recv.weights, wire=wire)),
+                )
+
+            _, vjp = jax.vjp(g, x, weights)
+            return vjp((ct, ct, ct)), jax.jvp(g, (x, weights), (ct, weights))[1]
+
+        return derivatives("logfmt10"), derivatives(None)
+
+    got, expected = on_every_rank(c, f)(x, idx, weights, ct)
+    assert_same_tree(got, expected)
+
+
+def test_logfmt10_under_vmap_is_a_loop():
+    """Pieces and groups belong to one row's columns: rows laid side by side must not share them."""
+    for hidden in (320, 1024):
+        c = wide("expert", hidden=hidden, dtype="float32")
+        idx = draw_topk_idx(c, "any")
+        xs = np.stack([rows_of(c, seed) / 64 for seed in range(2)], axis=1)
+        weights = normal(1, *idx.shape)
+
+        def f(xs, idx, weights, c=c):
+            def layer(x):
+                recv, handle = dispatch(c, x, idx, weights)
+                return (
+                    jax_ep.combine(recv.x, handle, recv.weights, wire="logfmt10"),
+                    jax_ep.combine(recv.x, handle, wire="logfmt10"),
+                )
+
+            return jax.vmap(layer)(xs), jax.tree.map(lambda *a: jnp.stack(a), *map(layer, xs))
+
+        got, expected = on_every_rank(c, f)(xs, idx, weights)
+        assert_same_tree(got, expected)
