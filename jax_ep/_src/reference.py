@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jax_ep._src import logfmt, quantized
+from jax_ep._src import compat, logfmt, quantized
 from jax_ep._src.handle import Routing
 
 Arrays = list[jax.Array]
@@ -214,12 +214,15 @@ def _send_partials(
     def partial_sums(slot_of_source: jax.Array) -> jax.Array:  # s32[T, K] -> [T, H]
         if routing.layout == "rank":  # one row a token, named by each of its choices here
             slot_of_source = slot_of_source.max(axis=1, keepdims=True, initial=-1)
-        total = jnp.zeros((slot_of_source.shape[0], y.shape[1]), jnp.float32)
-        for row in slot_of_source.T:
+
+        def add_choice(total: jax.Array, row: jax.Array) -> tuple[jax.Array, None]:
             term = _take_rows(y, row).astype(jnp.float32)
             if weights is not None:
                 term = lax.optimization_barrier(_take_rows(weights, row)[:, None] * term)
-            total = total + term
+            return total + term, None
+
+        zeros = compat.as_varying(jnp.zeros((slot_of_source.shape[0], y.shape[1]), jnp.float32), compat.varying_axes(y))
+        total, _ = lax.scan(add_choice, zeros, slot_of_source.T)  # a loop: one term in memory at a time
         rounded = total.astype(y.dtype)
         return logfmt.logfmt10_roundtrip(rounded) if wire == "logfmt10" else rounded
 
