@@ -2,6 +2,7 @@
 
 from jax_ep._src import autodiff as _autodiff  # noqa: F401  derivatives
 from jax_ep._src import batching as _batching  # noqa: F401  vmap
+from jax_ep._src import cuda as _cuda  # noqa: F401  kernels
 from jax_ep._src.bootstrap import barrier, finalize, initialize
 from jax_ep._src.combine import combine, combine_done, combine_start
 from jax_ep._src.config import config

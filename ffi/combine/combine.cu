@@ -1,11 +1,12 @@
 // The combine kernels and their launcher: see combine.h for the contract, docs/protocol.md for the order of events.
 //
-//   warps    role        waits for                          signals
-//   0 .. 14  worker      peers' progress (sums only)        shared.next, its place in the block's list of items
-//   15       publisher   shared.next of all workers         progress in every rank's window; then leaves
+//   warps         role        waits for                      signals
+//   all but last  worker      peers' progress (sums only)    shared.next, its place in the block's list of items
+//   last          publisher   shared.next of all workers     progress in every rank's window; then leaves
 //
-// Block b has the tokens b, b + B, ... of every rank, one a step. A step is a list of items, a piece of a row each: first the sums to
-// push to the peers, then the sums of this rank's own token of kLag steps before, for which the peers have pushed meanwhile.
+// Block b has the tokens b, b + B, ... of every rank, one a step. A step is a list of items, a piece of a row each:
+// first the sums to push to the peers, then the sums of this rank's own token of kLag steps before, for which the peers
+// have pushed meanwhile.
 #include <algorithm>
 
 #include "combine/combine.h"
@@ -16,7 +17,12 @@
 namespace jax_ep {
 namespace {
 
-constexpr int kCombineWarps = 16, kCombineThreads = 32 * kCombineWarps, kWorkers = kCombineWarps - 1;
+// A pulling thread has more loads in flight, over the link; a reducing one more company, to add while others load.
+template <bool kReduce>
+constexpr int kNumWarps = kReduce ? 20 : 16;
+template <bool kReduce>
+constexpr int kLoadsInFlight = kReduce ? 8 : 16;
+constexpr int kMaxWorkers = kNumWarps<true> - 1;
 constexpr int kPieceBytes = 4096;  // of a row, an item, at most
 constexpr int kLag = 3;
 
@@ -24,7 +30,7 @@ enum Address { kY, kScratch, kCarried };
 
 struct CombineShared {
   uint64_t address[kMaxRanks][kNumAddresses];
-  uint32_t next[kWorkers];
+  uint32_t next[kMaxWorkers];
 };
 
 struct Steps {
@@ -39,7 +45,9 @@ struct Steps {
     lag = num_pushes > 0 ? kLag : 0;
     items_per_step = num_pushes + num_pieces;
   }
-  __device__ uint32_t num_items() const { return num_steps > 0 ? static_cast<uint32_t>(num_steps + lag) * items_per_step : 0; }
+  __device__ uint32_t num_items() const {
+    return num_steps > 0 ? static_cast<uint32_t>(num_steps + lag) * items_per_step : 0;
+  }
 };
 
 // The rows that begin at `pointer` of the lanes in `holders`, to be added in lane order up to byte `end`.
@@ -66,8 +74,8 @@ __device__ __forceinline__ void StoreSum(const float (&sum)[Vector<T>::kSize], c
   *reinterpret_cast<int4*>(target) = bits;
 }
 
-// The sum of exactly kRows rows from byte `begin`, into `target`, where the whole row begins. A thread issues kRows * V loads before it
-// adds: that many are in flight. Beyond the end it reads the last vector again, and stores nothing.
+// The sum of exactly kRows rows from byte `begin`, into `target`, where the whole row begins. A thread issues kRows * V
+// loads before it adds: that many are in flight. Beyond the end it reads the last vector again, and stores nothing.
 template <class T, bool kWeighted, int kRows, int V>
 __device__ __forceinline__ void SumFewRows(const Rows& rows, int64_t begin, char* target, bool is_total) {
   const char* row[kRows];
@@ -131,28 +139,36 @@ __device__ __forceinline__ void SumManyRows(const Rows& rows, int64_t begin, cha
   }
 }
 
-template <class T, bool kWeighted>
+template <class T, bool kWeighted, bool kReduce>
 __device__ __forceinline__ void SumRows(const Rows& rows, int64_t begin, char* target, bool is_total) {
+  constexpr int kLoads = kLoadsInFlight<kReduce>;
   switch (__popc(rows.holders)) {
-    case 0: return;
-    case 1: return SumFewRows<T, kWeighted, 1, 8>(rows, begin, target, is_total);
-    case 2: return SumFewRows<T, kWeighted, 2, 8>(rows, begin, target, is_total);
-    case 3: return SumFewRows<T, kWeighted, 3, 4>(rows, begin, target, is_total);
-    case 4: return SumFewRows<T, kWeighted, 4, 4>(rows, begin, target, is_total);
-    default: return SumManyRows<T, kWeighted>(rows, begin, target, is_total);
+    case 0:
+      return;
+    case 1:
+      return SumFewRows<T, kWeighted, 1, kLoads / 2>(rows, begin, target, is_total);
+    case 2:
+      return SumFewRows<T, kWeighted, 2, kLoads / 2>(rows, begin, target, is_total);
+    case 3:
+      return SumFewRows<T, kWeighted, 3, kLoads / 4>(rows, begin, target, is_total);
+    case 4:
+      return SumFewRows<T, kWeighted, 4, kLoads / 4>(rows, begin, target, is_total);
+    default:
+      return SumManyRows<T, kWeighted>(rows, begin, target, is_total);
   }
 }
 
 // A token without rows sums to zero.
-template <class T, bool kWeighted>
+template <class T, bool kWeighted, bool kReduce>
 __device__ __forceinline__ void SumOrClear(const Rows& rows, int64_t begin, char* target, bool is_total) {
-  if (rows.holders != 0) return SumRows<T, kWeighted>(rows, begin, target, is_total);
+  if (rows.holders != 0) return SumRows<T, kWeighted, kReduce>(rows, begin, target, is_total);
   for (int64_t offset = begin + threadIdx.x % 32 * 16; offset < rows.end; offset += 512) {
     *reinterpret_cast<int4*>(target + offset) = int4{};
   }
 }
 
-// What an item is, and this lane's choice of its token: recv_slot of a source's token to push, or slot of an own token to sum.
+// What an item is, and this lane's choice of its token: recv_slot of a source's token to push, or slot of an own token
+// to sum.
 struct Item {
   bool push;
   int step, piece, source, choice;
@@ -170,7 +186,8 @@ __device__ __forceinline__ Item LoadItem(const CombineParams& p, const Call& cal
   item.token = static_cast<int64_t>(item.step) * gridDim.x + blockIdx.x;
   item.source = (call.rank + 1 + part % call.num_ranks) % call.num_ranks;
   item.piece = item.push ? part / call.num_ranks : part - steps.num_pushes;
-  const int32_t* choices = item.push ? p.recv_slot + static_cast<int64_t>(item.source) * p.num_tokens * p.num_topk : p.slot;
+  const int32_t* choices =
+      item.push ? p.recv_slot + static_cast<int64_t>(item.source) * p.num_tokens * p.num_topk : p.slot;
   if (lane < p.num_topk) item.choice = choices[item.token * p.num_topk + lane];
   return item;
 }
@@ -188,6 +205,7 @@ __device__ __forceinline__ Rows OwnRows(const CombineParams& p, int row, int64_t
 template <class T, bool kWeighted, bool kReduce>
 __device__ void Work(const CombineParams& p, const Call& call, const Steps& steps, CombineShared& shared) {
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, capacity = p.max_recv_tokens;
+  constexpr int kWorkers = kNumWarps<kReduce> - 1;
   const uint32_t num_items = steps.num_items();
   uint32_t seen = 0;  // steps that rank `lane` has pushed to here
   bool came = true;
@@ -195,36 +213,39 @@ __device__ void Work(const CombineParams& p, const Call& call, const Steps& step
   for (uint32_t index = warp; index < num_items; index += kWorkers) {
     const Item item = next;
     next = LoadItem(p, call, steps, index + kWorkers);
-    const int64_t begin = static_cast<int64_t>(item.piece) * steps.piece_bytes, end = min(begin + steps.piece_bytes, p.row_bytes);
+    const int64_t begin = static_cast<int64_t>(item.piece) * steps.piece_bytes,
+                  end = min(begin + steps.piece_bytes, p.row_bytes);
     if (item.token >= 0 && item.push) {
       // This rank's own sum waits in the result itself, the peers' in the scratch of the token's rank.
       const int place = call.rank < item.source ? call.rank : call.rank - 1;
-      char* const sums = item.source == call.rank ? p.out : reinterpret_cast<char*>(shared.address[item.source][kScratch]) +
-                                                                static_cast<int64_t>(place) * p.num_tokens * p.row_bytes;
-      SumRows<T, kWeighted>(OwnRows<T, kWeighted>(p, item.choice, end), begin, sums + item.token * p.row_bytes, false);
+      char* const sums = item.source == call.rank ? p.out
+                                                  : reinterpret_cast<char*>(shared.address[item.source][kScratch]) +
+                                                        static_cast<int64_t>(place) * p.num_tokens * p.row_bytes;
+      SumRows<T, kWeighted, kReduce>(OwnRows<T, kWeighted>(p, item.choice, end), begin, sums + item.token * p.row_bytes,
+                                     false);
     } else if (item.token >= 0) {
       const int slot = item.choice, owner = slot >= 0 ? slot / capacity : -1, row = slot - owner * capacity;
       char* const target = p.out + item.token * p.row_bytes;
       Rows sums{__reduce_or_sync(~0u, slot >= 0 ? 1u << owner : 0u), nullptr, 1.f, end};
       const bool holds = sums.holders >> lane & 1;
       if (kReduce && call.num_ranks == 1) {
-        SumOrClear<T, kWeighted>(OwnRows<T, kWeighted>(p, slot >= 0 ? row : -1, end), begin, target, true);
+        SumOrClear<T, kWeighted, kReduce>(OwnRows<T, kWeighted>(p, slot >= 0 ? row : -1, end), begin, target, true);
       } else if (kReduce) {
         const uint32_t want = item.step + 1;
         if (came && holds && seen < want) {
           uint64_t value;
           came = Await(call, &call.window->progress[lane][blockIdx.x], want, kRows, lane, blockIdx.x, &value);
-          seen = static_cast<uint32_t>(value);
+          seen = static_cast<uint32_t>(value) & kGone;
         }
         came = __all_sync(~0u, came);
         __syncwarp();  // each lane acquired for all
         const int64_t place = lane < call.rank ? lane : lane - 1;
         sums.pointer = lane == call.rank ? target : p.scratch + (place * p.num_tokens + item.token) * p.row_bytes;
-        if (came) SumOrClear<T, false>(sums, begin, target, false);
+        if (came) SumOrClear<T, false, kReduce>(sums, begin, target, false);
       } else {
         const int there = FirstRowOn(lane, owner, row, p.num_topk);
         sums.pointer = holds ? reinterpret_cast<const char*>(shared.address[lane][kY]) + there * p.row_bytes : nullptr;
-        SumOrClear<T, false>(sums, begin, target, call.num_ranks == 1);
+        SumOrClear<T, false, kReduce>(sums, begin, target, call.num_ranks == 1);
       }
       if (item.piece == 0 && p.carried_back != nullptr && lane < p.num_topk) {
         const int64_t place = p.one_row_a_rank ? static_cast<int64_t>(row) * p.num_topk + lane : row;
@@ -241,17 +262,18 @@ __device__ void Work(const CombineParams& p, const Call& call, const Steps& step
 
 // Carries the workers' progress into the windows of all ranks, then leaves the lane.
 __device__ void PublishSteps(const Call& call, const Steps& steps, CombineShared& shared, bool met) {
-  const int lane = threadIdx.x % 32;
+  const int lane = threadIdx.x % 32, num_workers = blockDim.x / 32 - 1;
   uint32_t published = 0;
   const auto tell = [&](uint32_t state) {
     FenceSys();  // what the workers stored before counting is before the flag
     if (lane < call.num_ranks) StoreRelaxedSys(&call.Peer(lane)->progress[call.rank][blockIdx.x], call.Tag(state));
   };
   while (met) {
-    const uint32_t next = __reduce_min_sync(~0u, lane < kWorkers ? LoadAcquireShared(&shared.next[lane]) : ~0u);
+    const uint32_t next = __reduce_min_sync(~0u, lane < num_workers ? LoadAcquireShared(&shared.next[lane]) : ~0u);
     if (next == ~0u) break;
     // All items before `next` are done; the sums of a step come last and need not be.
-    const uint32_t pushed = min((next + steps.num_pieces) / steps.items_per_step, static_cast<uint32_t>(steps.num_steps));
+    const uint32_t pushed =
+        min((next + steps.num_pieces) / steps.items_per_step, static_cast<uint32_t>(steps.num_steps));
     if (steps.num_pushes == 0 || pushed == published) {
       __nanosleep(100);
       continue;
@@ -264,13 +286,14 @@ __device__ void PublishSteps(const Call& call, const Steps& steps, CombineShared
 }
 
 template <class T, bool kWeighted, bool kReduce>
-__global__ void __launch_bounds__(kCombineThreads, 1) CombineKernel(const __grid_constant__ CombineParams p) {
+__global__ void __launch_bounds__(32 * kNumWarps<kReduce>, 1) CombineKernel(const __grid_constant__ CombineParams p) {
+  constexpr int kThreads = 32 * kNumWarps<kReduce>, kWorkers = kNumWarps<kReduce> - 1;
   __shared__ CombineShared shared;
   const Call call = BeginCall(p.group, kCombine);
   const Steps steps(p, call.num_ranks);
   if (threadIdx.x < kWorkers) shared.next[threadIdx.x] = threadIdx.x;
   if (p.refused && threadIdx.x == 0) Refuse(call);
-  bool met = !p.refused;
+  bool met = __syncthreads_and(!p.refused && !HasFailed(call));
   if (met && threadIdx.x < call.num_ranks) {
     Mail* mail = &call.Peer(threadIdx.x)->mail[call.parity][call.rank][blockIdx.x];
     mail->address[kY] = reinterpret_cast<uint64_t>(p.y);
@@ -296,9 +319,9 @@ __global__ void __launch_bounds__(kCombineThreads, 1) CombineKernel(const __grid
   if (IsLastBlock(call)) {
     if (HasFailed(call)) {
       const int64_t num_words = p.num_tokens * (p.row_bytes / 16);
-      for (int64_t i = threadIdx.x; i < num_words; i += kCombineThreads) reinterpret_cast<int4*>(p.out)[i] = int4{};
+      for (int64_t i = threadIdx.x; i < num_words; i += kThreads) reinterpret_cast<int4*>(p.out)[i] = int4{};
       const int64_t num_choices = p.carried_back != nullptr ? static_cast<int64_t>(p.num_tokens) * p.num_topk : 0;
-      for (int64_t i = threadIdx.x; i < num_choices; i += kCombineThreads) p.carried_back[i] = 0.f;
+      for (int64_t i = threadIdx.x; i < num_choices; i += kThreads) p.carried_back[i] = 0.f;
     }
     EndCall(call);
   }
@@ -323,6 +346,7 @@ Kernel KernelFor(RowDtype dtype, bool weighted, bool one_row_a_rank) {
 bool CombineFits(const CombineParams& p, int num_ranks) {
   const int64_t choices = static_cast<int64_t>(p.num_tokens) * p.num_topk * num_ranks;
   const int64_t items = (p.num_tokens + kLag) * num_ranks * (p.row_bytes / kPieceBytes + 1);
+  if (p.num_tokens >= kMaxSteps) return false;
   if (num_ranks > kMaxRanks || p.num_topk > 32 || p.row_bytes % 16 != 0) return false;
   if (choices >= 1ll << 31 || static_cast<int64_t>(num_ranks) * p.max_recv_tokens >= 1ll << 31) return false;
   return p.max_recv_tokens > 0 && p.num_tokens > 0 && items < 1ll << 31;
@@ -342,7 +366,7 @@ cudaError_t LoadCombine() {
 cudaError_t LaunchCombine(const CombineParams& params, const CombineConfig& config, cudaStream_t stream) {
   const int num_blocks = std::max(1, std::min(config.num_sms, kMaxLanes));
   const Kernel kernel = KernelFor(params.dtype, params.weights != nullptr, params.one_row_a_rank);
-  kernel<<<num_blocks, kCombineThreads, 0, stream>>>(params);
+  kernel<<<num_blocks, 32 * (params.one_row_a_rank ? kNumWarps<false> : kNumWarps<true>), 0, stream>>>(params);
   return cudaGetLastError();
 }
 

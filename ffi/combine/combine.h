@@ -1,7 +1,7 @@
 // combine: every rank sums its rows of a token and hands the sum back; the token's rank adds the sums in rank order.
 //
-//   layouts "expert", "batched"   pushed: the expert's rank reduces and stores one row a (token, rank) into the source's scratch
-//   layout "rank"                 pulled: rows are sums already, the source reads them where they are
+//   layouts "expert", "batched"   pushed: the expert's rank reduces and stores one row a (token, rank) into the
+//   source's scratch layout "rank"                 pulled: rows are sums already, the source reads them where they are
 //
 // docs/protocol.md draws this. T tokens, K choices, C rows of y, H columns, R ranks.
 #pragma once
@@ -22,15 +22,15 @@ struct CombineParams {
   bool one_row_a_rank;  // layout "rank": all choices of a token on one rank name the same row
   RowDtype dtype;
   int num_tokens, num_topk, max_recv_tokens;
-  int64_t row_bytes;          // a multiple of 16
-  const char* y;              // [C, H]
-  const float* weights;       // [C], the gate of each row, or null: all ones. Not with one_row_a_rank
-  const float* carried;       // [C], or [C, K] with one_row_a_rank; or null
-  const int32_t* slot;        // [T, K]
-  const int32_t* recv_slot;   // [R, T, K]
-  char* out;                  // [T, H]
-  float* carried_back;        // [T, K]: carried of each choice's row; null without carried
-  char* scratch;              // [R - 1, T, H], where the peers put their sums; not with one_row_a_rank
+  int64_t row_bytes;         // a multiple of 16
+  const char* y;             // [C, H]
+  const float* weights;      // [C], the gate of each row, or null: all ones. Not with one_row_a_rank
+  const float* carried;      // [C], or [C, K] with one_row_a_rank; or null
+  const int32_t* slot;       // [T, K]
+  const int32_t* recv_slot;  // [R, T, K]
+  char* out;                 // [T, H]
+  float* carried_back;       // [T, K]: carried of each choice's row; null without carried
+  char* scratch;             // [R - 1, T, H], where the peers put their sums; not with one_row_a_rank
 };
 
 struct CombineConfig {

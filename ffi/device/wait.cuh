@@ -16,7 +16,9 @@ struct Call {
   int rank, num_ranks, parity;
 
   __device__ Window* Peer(int peer) const { return group->window[peer]; }
-  __device__ uint64_t Tag(uint32_t state) const { return epoch << 32 | state; }
+  __device__ uint64_t Tag(uint32_t state) const { return epoch << kStateBits | state; }
+  // Later than every call of this generation: who reads it as a post knows that this rank takes part in none of them.
+  __device__ uint64_t Farewell() const { return (epoch | 0xffffffffull) << kStateBits | kGone; }
 };
 
 // `epoch` advances when the last block of a call leaves, so every block of a call reads the same value here.
@@ -33,14 +35,16 @@ __device__ __forceinline__ Call BeginCall(const GroupView* group, Operation oper
 }
 
 __device__ __forceinline__ bool HasFailed(const Call& call) {
-  return LoadRelaxedSys(&call.window->failed_epoch) == call.epoch;
+  const uint64_t failed = LoadRelaxedSys(&call.window->failed_epoch);
+  return failed != 0 && failed >> kCountBits == call.epoch >> kCountBits;
 }
 
-// The first failure of a call is the one told: what follows is its consequence.
+// The first failure of a generation is the one told: what follows is its consequence.
 __device__ __noinline__ static void Fail(const Call& call, Phase phase, int peer, int lane, uint64_t expected,
                                          uint64_t seen) {
   auto* failed = reinterpret_cast<unsigned long long*>(&call.window->failed_epoch);
-  if (atomicExch(failed, static_cast<unsigned long long>(call.epoch)) == call.epoch) return;
+  const uint64_t before = atomicMax(failed, static_cast<unsigned long long>(call.epoch));
+  if (before != 0 && before >> kCountBits == call.epoch >> kCountBits) return;
   Status* status = call.group->status;
   status->operation = call.operation;
   status->phase = phase;
@@ -56,11 +60,12 @@ __device__ __noinline__ static void Fail(const Call& call, Phase phase, int peer
 }
 
 __device__ __forceinline__ bool Reached(const Call& call, uint64_t value, uint32_t state) {
-  return value >= call.Tag(state) && (value >> 32) == call.epoch && static_cast<uint32_t>(value) != kGone;
+  return value >= call.Tag(state) && value >> kStateBits == call.epoch && (value & kGone) != kGone;
 }
 
 // The waiting proper, apart from the test that mostly succeeds. Returns the last value seen.
-// With `regardless` neither the peer's giving up nor this rank's earlier failure ends the wait early, and nothing is reported.
+// With `regardless` neither the peer's giving up nor this rank's earlier failure ends the wait early, and nothing is
+// reported.
 __device__ __noinline__ static uint64_t Poll(const Call& call, const uint64_t* flag, uint32_t state, Phase phase,
                                              int peer, int lane, bool regardless) {
   const uint64_t start = NanoSeconds();
@@ -95,8 +100,9 @@ __device__ __forceinline__ bool Await(const Call& call, const uint64_t* flag, ui
   return Reached(call, value, state);
 }
 
-// Tells every peer that the mail and counts of `lane` lie in its window. Called by one whole warp, after a barrier behind the
-// threads that wrote them. The second fence is half of the deadline protocol: it orders this post before reading the peer's.
+// Tells every peer that the mail and counts of `lane` lie in its window. Called by one whole warp, after a barrier
+// behind the threads that wrote them. The second fence is half of the deadline protocol: it orders this post before
+// reading the peer's.
 __device__ __forceinline__ void Post(const Call& call, int lane) {
   const int peer = threadIdx.x % 32;
   if (peer < call.num_ranks) {
@@ -107,14 +113,15 @@ __device__ __forceinline__ void Post(const Call& call, int lane) {
   __syncwarp();
 }
 
-// Leaves a lane: waits until every peer is done with it. Called by one whole warp, after this rank's own `done` has been published.
+// Leaves a lane: waits until every peer is done with it. Called by one whole warp, after this rank's own `done` has
+// been published.
 __device__ __forceinline__ void Leave(const Call& call, int post_lane, int progress_lane) {
   const int peer = threadIdx.x % 32;
   const uint64_t* progress = &call.window->progress[peer][progress_lane];
   if (peer < call.num_ranks && !HasFailed(call)) Await(call, progress, kDone, kLeave, peer, progress_lane);
   __syncwarp();
   if (peer < call.num_ranks && HasFailed(call)) {
-    StoreRelaxedSys(&call.Peer(peer)->post[call.parity][call.rank][post_lane], call.Tag(kGone));
+    StoreRelaxedSys(&call.Peer(peer)->post[call.parity][call.rank][post_lane], call.Farewell());
     FenceSeqCstSys();
     if (LoadAcquireSys(&call.window->post[call.parity][peer][post_lane]) == call.Tag(kPosted)) {
       Poll(call, progress, kDone, kLeave, peer, progress_lane, true);
@@ -123,13 +130,14 @@ __device__ __forceinline__ void Leave(const Call& call, int post_lane, int progr
   __syncwarp();
 }
 
-// A call that this rank's host has refused runs as one that has failed, so that epochs stay in step; its reason was told before.
+// A call that this rank's host has refused runs as one that has failed; its reason was told before.
 __device__ __forceinline__ void Refuse(const Call& call) {
-  atomicExch(reinterpret_cast<unsigned long long*>(&call.window->failed_epoch), static_cast<unsigned long long>(call.epoch));
+  atomicMax(reinterpret_cast<unsigned long long*>(&call.window->failed_epoch),
+            static_cast<unsigned long long>(call.epoch));
 }
 
-// The last thing a block does, by all its threads. True for the last block of the grid to arrive, in all its threads, which then
-// clears the results if HasFailed and calls EndCall.
+// The last thing a block does, by all its threads. True for the last block of the grid to arrive, in all its threads,
+// which then clears the results if HasFailed and calls EndCall.
 __device__ __forceinline__ bool IsLastBlock(const Call& call) {
   __shared__ bool is_last;
   __syncthreads();

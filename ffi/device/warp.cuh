@@ -17,7 +17,8 @@ __device__ __forceinline__ int WarpScan(int value, int* sum) {
   return inclusive - value;
 }
 
-// Which row the token has on `rank`: that of the first choice whose owner it is, or -1. Lane k holds choice k's owner and row.
+// Which row the token has on `rank`: that of the first choice whose owner it is, or -1. Lane k holds choice k's owner
+// and row.
 __device__ __forceinline__ int FirstRowOn(int rank, int owner, int row, int num_topk) {
   int found = -1;
   for (int k = num_topk - 1; k >= 0; --k) {

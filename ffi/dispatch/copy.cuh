@@ -27,13 +27,15 @@ struct CopyPipe {
     const RowArray& rows = plan.params.rows[0];
     const int row = shared.copy_row[warp][out][threadIdx.x % 32], piece = shared.copy_piece[warp][out];
     WaitMbarrier(&shared.copy_full[warp][out], parity);
-    if (row >= 0) StorePiece(pieces, rows.recv, rows.row_bytes, plan.params.rows[1].recv, row, piece, stage + out * pieces.stride);
+    if (row >= 0)
+      StorePiece(pieces, rows.recv, rows.row_bytes, plan.params.rows[1].recv, row, piece, stage + out * pieces.stride);
     CommitBulkGroup();
     if (++out == pieces.stages) out = 0, parity ^= 1;
     --in_flight;
   }
 
-  // Copies row `from` of arrays `first` and `second` to the rows that the lanes name (-1: none). Called by the whole warp.
+  // Copies row `from` of arrays `first` and `second` to the rows that the lanes name (-1: none). Called by the whole
+  // warp.
   __device__ __forceinline__ void Copy(const char* first, const char* second, int64_t from, int row) {
     const Pieces& pieces = plan.copy;
     const int lane = threadIdx.x % 32;
@@ -86,7 +88,8 @@ struct ZeroRows {
 };
 
 // Where the zero rows are, from the counts of the local experts and the rows wanted here. Called by one warp.
-__device__ inline void FindZeroRows(const DispatchPlan& plan, const int32_t* counts, int rows_wanted, const ZeroRows& zero) {
+__device__ inline void FindZeroRows(const DispatchPlan& plan, const int32_t* counts, int rows_wanted,
+                                    const ZeroRows& zero) {
   const DispatchParams& p = plan.params;
   const int lane = threadIdx.x % 32, num_local = zero.num_ranges - 1, capacity = p.max_recv_tokens;
   int end = 0, before = 0;
@@ -130,7 +133,8 @@ __device__ inline void WriteZeroRows(const DispatchPlan& plan, const ZeroRows& z
     const int64_t row = zero.first[range] + (i - zero.before[range]);
     if (p.num_row_arrays > 0) {
       const int64_t row_bytes = p.rows[0].row_bytes;
-      for (int64_t offset = static_cast<int64_t>(lane) * plan.zero_bytes; offset < row_bytes; offset += 32 * plan.zero_bytes) {
+      for (int64_t offset = static_cast<int64_t>(lane) * plan.zero_bytes; offset < row_bytes;
+           offset += 32 * plan.zero_bytes) {
         const int num_bytes = static_cast<int>(min(static_cast<int64_t>(plan.zero_bytes), row_bytes - offset));
         BulkStore(p.rows[0].recv + row * row_bytes + offset, zeros, num_bytes);
       }
@@ -149,8 +153,8 @@ __device__ inline void WriteZeroRows(const DispatchPlan& plan, const ZeroRows& z
 }
 
 // All of a copying warp's work. `index` numbers the copying warps of the grid.
-__device__ inline void CopyRows(const DispatchPlan& plan, const Call& call, DispatchShared& shared, const ZeroRows& zero,
-                                const char* zeros, char* stages, int warp, int index) {
+__device__ inline void CopyRows(const DispatchPlan& plan, const Call& call, DispatchShared& shared,
+                                const ZeroRows& zero, const char* zeros, char* stages, int warp, int index) {
   const DispatchParams& p = plan.params;
   const int lane = threadIdx.x % 32, num_lanes = plan.num_lanes(), num_peers = call.num_ranks - 1;
   const int64_t choices = static_cast<int64_t>(p.num_tokens) * p.num_topk;
@@ -163,8 +167,8 @@ __device__ inline void CopyRows(const DispatchPlan& plan, const Call& call, Disp
     return token < plan.TokenBegin(sending_lane + 1) ? token : -1;
   };
   const auto rows_of = [&](int source, int token) {
-    const int row = lane < p.num_topk
-                        ? p.recv_slot[source * choices + static_cast<int64_t>(token) * p.num_topk + lane] : -1;
+    const int row =
+        lane < p.num_topk ? p.recv_slot[source * choices + static_cast<int64_t>(token) * p.num_topk + lane] : -1;
     return DistinctRow(plan, row);
   };
   const auto await = [&](int source, int sending_lane, uint32_t state) {

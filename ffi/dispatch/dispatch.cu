@@ -2,11 +2,11 @@
 //
 //   blocks < num_send_blocks   warps 0, 1 send; warp 2 publishes and leaves; warps 3.. copy
 //   other blocks               all warps copy
+#include <algorithm>
+
 #include "dispatch/copy.cuh"
 #include "dispatch/notify.cuh"
 #include "dispatch/send.cuh"
-
-#include <algorithm>
 
 namespace jax_ep {
 namespace {
@@ -66,15 +66,18 @@ __global__ void __launch_bounds__(kDispatchThreads, 1) DispatchKernel(const __gr
   const NotifyShared notify(plan, copy_stages, call.num_ranks);
   const ZeroRows zero(plan, dynamic + plan.zero_rows_offset, call.num_ranks);
 
-  for (int i = threadIdx.x; i < plan.zero_bytes / 16; i += kDispatchThreads) reinterpret_cast<int4*>(dynamic)[i] = int4{};
+  for (int i = threadIdx.x; i < plan.zero_bytes / 16; i += kDispatchThreads)
+    reinterpret_cast<int4*>(dynamic)[i] = int4{};
   if (threadIdx.x < kSendWarps) shared.sent[threadIdx.x] = kPosted;
-  for (int i = threadIdx.x; i < kSendWarps * kMaxSendStages; i += kDispatchThreads) InitMbarrier(&shared.send_full[0][0] + i);
-  for (int i = threadIdx.x; i < kDispatchWarps * kMaxCopyStages; i += kDispatchThreads) InitMbarrier(&shared.copy_full[0][0] + i);
+  for (int i = threadIdx.x; i < kSendWarps * kMaxSendStages; i += kDispatchThreads)
+    InitMbarrier(&shared.send_full[0][0] + i);
+  for (int i = threadIdx.x; i < kDispatchWarps * kMaxCopyStages; i += kDispatchThreads)
+    InitMbarrier(&shared.copy_full[0][0] + i);
   FenceMbarrierInit();
   if (p.refused && threadIdx.x == 0) Refuse(call);
-  __syncthreads();
+  const bool takes_part = __syncthreads_and(!p.refused && !HasFailed(call));
 
-  if (sends && !p.refused) {
+  if (sends && takes_part) {
     if (!cached) CountTokens(plan, call, notify);
     if (threadIdx.x < call.num_ranks) {
       Mail* mail = &call.Peer(threadIdx.x)->mail[call.parity][call.rank][block];
@@ -87,7 +90,7 @@ __global__ void __launch_bounds__(kDispatchThreads, 1) DispatchKernel(const __gr
     __syncthreads();
     if (warp == 0) Post(call, block);
   }
-  bool met = !p.refused;
+  bool met = takes_part;
   if (met && (sends || !cached)) met = Meet(plan, call, shared);
   if (met && !cached) {
     __syncthreads();
@@ -118,8 +121,9 @@ __global__ void __launch_bounds__(kDispatchThreads, 1) DispatchKernel(const __gr
     Publish(plan, call, shared);
   } else if (met) {
     const int copy_warp = sends ? warp - kFirstCopyWarp : warp, per_send_block = kDispatchWarps - kFirstCopyWarp;
-    const int index = sends ? block * per_send_block + copy_warp
-                            : plan.num_send_blocks * per_send_block + (block - plan.num_send_blocks) * kDispatchWarps + copy_warp;
+    const int index =
+        sends ? block * per_send_block + copy_warp
+              : plan.num_send_blocks * per_send_block + (block - plan.num_send_blocks) * kDispatchWarps + copy_warp;
     CopyRows(plan, call, shared, zero, dynamic, copy_stages, copy_warp, index);
   }
   if (IsLastBlock(call)) {
@@ -148,6 +152,7 @@ bool DispatchFits(const DispatchParams& p, int num_ranks) {
   const int64_t choices = static_cast<int64_t>(p.num_tokens) * p.num_topk * num_ranks;
   if (num_ranks > kMaxRanks || p.num_topk > kMaxTopk || p.num_experts + num_ranks > kMaxBins) return false;
   if (choices >= 1ll << 31 || static_cast<int64_t>(num_ranks) * p.max_recv_tokens >= 1ll << 31) return false;
+  if (p.num_tokens >= kMaxSteps) return false;
   if (p.num_row_arrays > kMaxRowArrays || (p.num_row_arrays > 0 && p.rows[0].row_bytes % 16 != 0)) return false;
   return p.max_recv_tokens > 0 && p.num_tokens > 0;
 }
@@ -158,7 +163,8 @@ cudaError_t LoadDispatch() {
   return cudaFuncSetAttribute(DispatchKernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kMaxDynamicShared);
 }
 
-cudaError_t LaunchDispatch(const DispatchParams& params, int num_ranks, const DispatchConfig& config, cudaStream_t stream) {
+cudaError_t LaunchDispatch(const DispatchParams& params, int num_ranks, const DispatchConfig& config,
+                           cudaStream_t stream) {
   DispatchPlan plan;
   plan.params = params;
   const int num_blocks = std::max(1, std::min(config.num_sms, kMaxLanes / kSendWarps));

@@ -1,5 +1,5 @@
-// dispatch: every rank stores each of its tokens once into every rank that owns one of its experts; that rank copies it on to
-// its further experts. dispatch_cached does the same along a known routing, notify gives the routing alone.
+// dispatch: every rank stores each of its tokens once into every rank that owns one of its experts; that rank copies it
+// on to its further experts. dispatch_cached does the same along a known routing, notify gives the routing alone.
 //
 //   sender     waits for every rank's post, stores rows into the peers' results, releases progress
 //   copier     own tokens, zero rows; acquires progress, copies arrived rows to further experts
@@ -22,8 +22,8 @@ constexpr int kMaxTopk = 32;  // one warp lane a choice
 
 // One array of rows, moved as bytes. The first array's rows are a multiple of 16 bytes.
 struct RowArray {
-  const char* x;       // [T, row_bytes]
-  char* recv;          // [C, row_bytes]
+  const char* x;  // [T, row_bytes]
+  char* recv;     // [C, row_bytes]
   int64_t row_bytes;
 };
 
@@ -35,13 +35,13 @@ struct DispatchParams {
   int num_tokens, num_topk, num_experts, max_recv_tokens, expert_alignment, expert_capacity;
   int num_row_arrays;
   RowArray rows[kMaxRowArrays];
-  const int32_t* topk_idx;      // [T, K], not with kDispatchCached
-  const float* topk_weights;    // [T, K] or null
-  int32_t* slot;                // [T, K], result (operand of kDispatchCached)
-  int32_t* recv_slot;           // [R, T, K], likewise
-  int32_t* counts;              // [L + 1], likewise
-  int32_t* recv_topk_idx;       // [C, K] with Layout::kRank, else null (operand of kDispatchCached)
-  float* recv_weights;          // [C], with Layout::kRank [C, K]; or null
+  const int32_t* topk_idx;    // [T, K], not with kDispatchCached
+  const float* topk_weights;  // [T, K] or null
+  int32_t* slot;              // [T, K], result (operand of kDispatchCached)
+  int32_t* recv_slot;         // [R, T, K], likewise
+  int32_t* counts;            // [L + 1], likewise
+  int32_t* recv_topk_idx;     // [C, K] with Layout::kRank, else null (operand of kDispatchCached)
+  float* recv_weights;        // [C], with Layout::kRank [C, K]; or null
 };
 
 struct DispatchConfig {
@@ -52,7 +52,8 @@ struct DispatchConfig {
 
 // False where the shape is beyond the kernel.
 bool DispatchFits(const DispatchParams& params, int num_ranks);
-cudaError_t LaunchDispatch(const DispatchParams& params, int num_ranks, const DispatchConfig& config, cudaStream_t stream);
+cudaError_t LaunchDispatch(const DispatchParams& params, int num_ranks, const DispatchConfig& config,
+                           cudaStream_t stream);
 // Loads the kernel on the current device, so that its first launch allocates nothing.
 cudaError_t LoadDispatch();
 

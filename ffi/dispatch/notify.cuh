@@ -1,5 +1,6 @@
 // The routing of a dispatch: counts out, counts in, final places by prefix sums.
-// All threads of a block call these in order: CountTokens, Meet, PlaceExperts, WriteSlots. Only send blocks count and write slots.
+// All threads of a block call these in order: CountTokens, Meet, PlaceExperts, WriteSlots. Only send blocks count and
+// write slots.
 #pragma once
 
 #include "device/warp.cuh"
@@ -9,9 +10,9 @@ namespace jax_ep {
 
 // Lives where the stages of the copiers will be.
 struct NotifyShared {
-  int32_t* hist;    // [kDispatchWarps][num_bins]: counts of a warp's tokens, later the next row of each bin
-  int32_t* total;   // [num_bins]: over all ranks
-  int32_t* before;  // [num_bins]: first row of this block
+  int32_t* hist;       // [kDispatchWarps][num_bins]: counts of a warp's tokens, later the next row of each bin
+  int32_t* total;      // [num_bins]: over all ranks
+  int32_t* before;     // [num_bins]: first row of this block
   int32_t* token_row;  // [kDispatchWarps][32][R]: layout "rank"
 
   __device__ NotifyShared(const DispatchPlan& plan, char* shared, int num_ranks) {
@@ -33,7 +34,8 @@ __device__ __forceinline__ TokenRange WarpTokens(const DispatchPlan& plan) {
   return {begin + (end - begin) * warp / kDispatchWarps, begin + (end - begin) * (warp + 1) / kDispatchWarps};
 }
 
-// Counts this block's tokens and puts the counts into every rank's window. Ends with the block synchronised, ready to post.
+// Counts this block's tokens and puts the counts into every rank's window. Ends with the block synchronised, ready to
+// post.
 __device__ inline void CountTokens(const DispatchPlan& plan, const Call& call, const NotifyShared& notify) {
   const DispatchParams& p = plan.params;
   const int lane = threadIdx.x % 32, num_experts = p.num_experts, experts_per_rank = num_experts / call.num_ranks;
@@ -87,7 +89,8 @@ __device__ inline bool Meet(const DispatchPlan& plan, const Call& call, Dispatch
   return met;
 }
 
-// First row of each expert that has rows, in layout "expert": groups are aligned. Called by one warp; writes first[0..n), returns the end.
+// First row of each expert that has rows, in layout "expert": groups are aligned. Called by one warp; writes
+// first[0..n), returns the end.
 __device__ inline int ScanGroups(const int32_t* total, int32_t* first, int n, int alignment) {
   const int lane = threadIdx.x % 32;
   int end = 0;
@@ -101,7 +104,8 @@ __device__ inline int ScanGroups(const int32_t* total, int32_t* first, int n, in
   return end;
 }
 
-// From everybody's counts: totals, and in a send block the next row of each (warp, bin). Block 0 writes the result `counts`.
+// From everybody's counts: totals, and in a send block the next row of each (warp, bin). Block 0 writes the result
+// `counts`.
 __device__ inline void PlaceExperts(const DispatchPlan& plan, const Call& call, const NotifyShared& notify) {
   const DispatchParams& p = plan.params;
   const bool sends = static_cast<int>(blockIdx.x) < plan.num_send_blocks;
@@ -124,7 +128,8 @@ __device__ inline void PlaceExperts(const DispatchPlan& plan, const Call& call, 
   int32_t* ends = first + p.num_experts;
   if (p.layout == Layout::kExpert) {
     for (int rank = warp; rank < call.num_ranks; rank += kDispatchWarps) {
-      const int end = ScanGroups(notify.total + rank * num_local, first + rank * num_local, num_local, p.expert_alignment);
+      const int end =
+          ScanGroups(notify.total + rank * num_local, first + rank * num_local, num_local, p.expert_alignment);
       if (threadIdx.x % 32 == 0) ends[rank] = end;
     }
   } else {
@@ -138,7 +143,8 @@ __device__ inline void PlaceExperts(const DispatchPlan& plan, const Call& call, 
   }
   __syncthreads();
   if (blockIdx.x == 0) {
-    for (int e = threadIdx.x; e < num_local; e += kDispatchThreads) p.counts[e] = notify.total[call.rank * num_local + e];
+    for (int e = threadIdx.x; e < num_local; e += kDispatchThreads)
+      p.counts[e] = notify.total[call.rank * num_local + e];
     if (threadIdx.x == 0) {
       p.counts[num_local] = p.layout == Layout::kRank ? notify.total[p.num_experts + call.rank] : ends[call.rank];
     }

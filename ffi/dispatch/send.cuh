@@ -11,18 +11,19 @@
 namespace jax_ep {
 
 // Loads one piece of row `row` of x (or of rows received before) into a stage. Called by one lane.
-__device__ __forceinline__ void LoadPiece(const Pieces& pieces, const char* first, int64_t row_bytes, const char* second,
-                                          int64_t row, int piece, char* stage, uint64_t* full) {
+__device__ __forceinline__ void LoadPiece(const Pieces& pieces, const char* first, int64_t row_bytes,
+                                          const char* second, int64_t row, int piece, char* stage, uint64_t* full) {
   const int size = pieces.Size(row_bytes, piece), second_size = piece == 0 ? pieces.second_bytes : 0;
   ExpectBytes(full, size + second_size);
   BulkLoad(stage, first + row * row_bytes + static_cast<int64_t>(piece) * pieces.bytes, size, full);
   if (second_size > 0) BulkLoad(stage + pieces.bytes, second + row * second_size, second_size, full);
 }
 
-__device__ __forceinline__ void StorePiece(const Pieces& pieces, char* first, int64_t row_bytes, char* second, int64_t row,
-                                           int piece, const char* stage) {
+__device__ __forceinline__ void StorePiece(const Pieces& pieces, char* first, int64_t row_bytes, char* second,
+                                           int64_t row, int piece, const char* stage) {
   BulkStore(first + row * row_bytes + static_cast<int64_t>(piece) * pieces.bytes, stage, pieces.Size(row_bytes, piece));
-  if (piece == 0 && pieces.second_bytes > 0) BulkStore(second + row * pieces.second_bytes, stage + pieces.bytes, pieces.second_bytes);
+  if (piece == 0 && pieces.second_bytes > 0)
+    BulkStore(second + row * pieces.second_bytes, stage + pieces.bytes, pieces.second_bytes);
 }
 
 // Copies a row of the second array, any number of bytes, to `target`; called by one whole warp.

@@ -1,7 +1,6 @@
 // The barrier kernel: one warp a rank, lane 0 of the flags.
-#include "group/barrier.h"
-
 #include "device/wait.cuh"
+#include "group/barrier.h"
 
 namespace jax_ep {
 namespace {
@@ -9,10 +8,12 @@ namespace {
 __global__ void BarrierKernel(const GroupView* group, bool refused) {
   const Call call = BeginCall(group, kBarrier);
   const int peer = threadIdx.x;
-  bool met = !refused;
   if (refused && peer == 0) Refuse(call);
-  if (!refused) Post(call, 0);
-  if (!refused && peer < call.num_ranks) met = Await(call, &call.window->post[call.parity][peer][0], kPosted, kMeet, peer, 0);
+  __syncwarp();
+  bool met = __all_sync(~0u, !refused && !HasFailed(call));
+  if (met) Post(call, 0);
+  if (met && peer < call.num_ranks)
+    met = Await(call, &call.window->post[call.parity][peer][0], kPosted, kMeet, peer, 0);
   met = __all_sync(~0u, met);
   FenceSys();
   if (peer < call.num_ranks) StoreRelaxedSys(&call.Peer(peer)->progress[call.rank][0], call.Tag(met ? kDone : kGone));
@@ -20,7 +21,17 @@ __global__ void BarrierKernel(const GroupView* group, bool refused) {
   if (IsLastBlock(call)) EndCall(call);
 }
 
+// `failed_epoch` stays: it is of an earlier generation now.
+__global__ void BeginGenerationKernel(const GroupView* group, uint64_t generation) {
+  group->window[group->rank]->epoch = generation << kCountBits;
+}
+
 }  // namespace
+
+cudaError_t LaunchBeginGeneration(const GroupView* group, uint64_t generation, cudaStream_t stream) {
+  BeginGenerationKernel<<<1, 1, 0, stream>>>(group, generation);
+  return cudaGetLastError();
+}
 
 cudaError_t LaunchBarrier(const GroupView* group, bool refused, cudaStream_t stream) {
   BarrierKernel<<<1, 32, 0, stream>>>(group, refused);
@@ -29,6 +40,7 @@ cudaError_t LaunchBarrier(const GroupView* group, bool refused, cudaStream_t str
 
 cudaError_t LoadBarrier() {
   cudaFuncAttributes attributes;
+  if (cudaError_t error = cudaFuncGetAttributes(&attributes, BeginGenerationKernel); error != cudaSuccess) return error;
   return cudaFuncGetAttributes(&attributes, BarrierKernel);
 }
 

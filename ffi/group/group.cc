@@ -42,21 +42,25 @@ class DeviceGuard {
 };
 
 const char* const kOperations[] = {"dispatch", "dispatch_cached", "notify", "combine", "barrier"};
-const char* const kPhases[] = {"meet (the peer's post)", "rows (the peer's progress)", "leave (the peer's end of call)", "refused"};
+const char* const kPhases[] = {"meet (the peer's post)", "rows (the peer's progress)", "leave (the peer's end of call)",
+                               "refused"};
 
 std::string InWords(const Status& status, uint64_t timeout_ns) {
   const uint64_t seen = status.seen, epoch = status.epoch;
   const auto state = [](uint64_t flag) {
-    const uint32_t low = static_cast<uint32_t>(flag);
-    return low == kGone ? std::string("gone") : low == kDone ? std::string("done") : std::to_string(low);
+    return StateOf(flag) == kGone ? "gone" : StateOf(flag) == kDone ? "done" : std::to_string(StateOf(flag));
   };
-  std::string text = std::string(kOperations[status.operation]) + ": rank " + std::to_string(status.rank) + " waited for rank " +
-                     std::to_string(status.peer) + " in phase " + kPhases[status.phase] + ", lane " + std::to_string(status.lane) +
-                     ", call " + std::to_string(epoch) + " of the group, for state " + state(status.expected) + "; ";
-  if (seen >> 32 > epoch) return text + "that rank is already in call " + std::to_string(seen >> 32) + ", so it has given this one up";
-  if (seen >> 32 == epoch && static_cast<uint32_t>(seen) == kGone) return text + "that rank has given up";
+  const auto number = [](uint64_t epoch) { return std::to_string(epoch & 0xffffffff); };
+  std::string text = std::string(kOperations[status.operation]) + ": rank " + std::to_string(status.rank) +
+                     " waited for rank " + std::to_string(status.peer) + " in phase " + kPhases[status.phase] +
+                     ", lane " + std::to_string(status.lane) + ", call " + number(epoch) + " of the group, for state " +
+                     state(status.expected) + "; ";
+  if (EpochOf(seen) >= epoch && StateOf(seen) == kGone) return text + "that rank has given up";
+  if (EpochOf(seen) > epoch)
+    return text + "that rank is already in call " + number(EpochOf(seen)) + ", so it has given this one up";
   text += "after " + std::to_string(timeout_ns / 1'000'000) + " ms it saw ";
-  if (seen >> 32 < epoch) return text + "nothing of this call (that rank was last seen in call " + std::to_string(seen >> 32) + ")";
+  if (EpochOf(seen) < epoch)
+    return text + "nothing of this call (that rank was last seen in call " + number(EpochOf(seen)) + ")";
   return text + "state " + state(seen);
 }
 
@@ -64,13 +68,13 @@ std::string InWords(const Status& status, uint64_t timeout_ns) {
 
 Group::Group(int64_t id, const std::vector<int>& devices) : id_(id), ranks_(devices.size()) {
   if (devices.empty() || devices.size() > kMaxRanks) {
-    throw std::runtime_error("jax_ep: a group must have 1 to " + std::to_string(kMaxRanks) + " ranks, got " + std::to_string(devices.size()));
+    throw std::runtime_error("jax_ep: a group must have 1 to " + std::to_string(kMaxRanks) + " ranks, got " +
+                             std::to_string(devices.size()));
   }
   DeviceGuard guard;
   for (size_t i = 0; i < devices.size(); ++i) {
     Rank& rank = ranks_[i];
     rank.device = devices[i];
-    rank.reported.resize(devices.size());
     Check("cudaSetDevice", cudaSetDevice(devices[i]));
     for (int peer : devices) {
       if (peer == devices[i]) continue;
@@ -84,7 +88,8 @@ Group::Group(int64_t id, const std::vector<int>& devices) : id_(id), ranks_(devi
     Check("cudaMalloc", cudaMalloc(reinterpret_cast<void**>(&rank.window), sizeof(Window)));
     Check("cudaMemset", cudaMemset(rank.window, 0, sizeof(Window)));
     Check("cudaMalloc", cudaMalloc(reinterpret_cast<void**>(&rank.view), sizeof(GroupView)));
-    Check("cudaHostAlloc", cudaHostAlloc(reinterpret_cast<void**>(&rank.status), sizeof(Status), cudaHostAllocMapped | cudaHostAllocPortable));
+    Check("cudaHostAlloc", cudaHostAlloc(reinterpret_cast<void**>(&rank.status), sizeof(Status),
+                                         cudaHostAllocMapped | cudaHostAllocPortable));
     *rank.status = Status{};
     // A kernel first loaded while a peer's kernel waits for it would never run.
     Check("loading dispatch", LoadDispatch());
@@ -138,20 +143,25 @@ void Group::SetViewTimeout(uint64_t timeout_ns) {
     cudaStream_t stream;
     Check("cudaSetDevice", cudaSetDevice(rank.device));
     Check("cudaStreamCreate", cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking));
-    Check("cudaMemcpy", cudaMemcpyAsync(&rank.view->timeout_ns, &timeout_ns, sizeof timeout_ns, cudaMemcpyHostToDevice, stream));
+    Check("cudaMemcpy",
+          cudaMemcpyAsync(&rank.view->timeout_ns, &timeout_ns, sizeof timeout_ns, cudaMemcpyHostToDevice, stream));
     Check("cudaStreamSynchronize", cudaStreamSynchronize(stream));
     cudaStreamDestroy(stream);
   }
 }
 
 bool Group::HavePeerAccess(const std::vector<int>& devices) {
+  int num_devices = 0;
+  bool have = cudaGetDeviceCount(&num_devices) == cudaSuccess;
   for (int a : devices) {
+    have = have && a >= 0 && a < num_devices;
     for (int b : devices) {
       int can = 1;
-      if (a != b && (cudaDeviceCanAccessPeer(&can, a, b) != cudaSuccess || can == 0)) return false;
+      have = have && (a == b || (cudaDeviceCanAccessPeer(&can, a, b) == cudaSuccess && can != 0));
     }
   }
-  return true;
+  cudaGetLastError();
+  return have;
 }
 
 int Group::RankOf(int device) const {
@@ -161,15 +171,26 @@ int Group::RankOf(int device) const {
   return -1;
 }
 
-std::string Group::TakeFailure(int rank) {
-  std::string text;
-  for (size_t i = 0; i < ranks_.size(); ++i) {
-    const uint32_t failures = ranks_[i].status->failures;
-    if (failures == ranks_[rank].reported[i]) continue;
-    ranks_[rank].reported[i] = failures;
-    text += (text.empty() ? "" : "; ") + InWords(*ranks_[i].status, TheRegistry().timeout_ns);
+std::string Group::Enter(int rank, int64_t run, cudaStream_t stream) {
+  std::lock_guard<std::mutex> lock(mutex_);
+  std::string news;
+  for (Rank& other : ranks_) {
+    const uint32_t failures = other.status->failures;
+    if (failures == other.heard) continue;
+    other.heard = failures;
+    const bool is_news = other.status->epoch >> kCountBits >= generation_;  // else a consequence of what has been told
+    if (is_news) news += (news.empty() ? "" : "; ") + InWords(*other.status, TheRegistry().timeout_ns);
   }
-  return text;
+  if (!news.empty()) {
+    ++generation_;
+    failed_run_ = run;
+    failure_ = news;
+  }
+  if (ranks_[rank].generation == generation_) return "";
+  if (run == failed_run_) return failure_;
+  ranks_[rank].generation = generation_;
+  const cudaError_t error = LaunchBeginGeneration(view(rank), generation_, stream);
+  return error == cudaSuccess ? "" : std::string("a new generation could not begin: ") + cudaGetErrorString(error);
 }
 
 }  // namespace jax_ep

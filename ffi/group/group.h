@@ -1,10 +1,13 @@
-// A group: the ranks of one expert-parallel axis, their windows and how a kernel finds them. Made once for a list of devices
-// while a program is lowered, never freed: a captured graph may still hold its addresses.
-// In one process. How memory is found is here alone; kernels see GroupView and nothing of it.
+// A group: the ranks of one expert-parallel axis, their windows and how a kernel finds them. Made once for a list of
+// devices while a program is lowered, never freed: a captured graph may still hold its addresses. In one process. How
+// memory is found is here alone; kernels see GroupView and nothing of it.
 #pragma once
+
+#include <cuda_runtime_api.h>
 
 #include <cstdint>
 #include <memory>
+#include <mutex>
 #include <string>
 #include <vector>
 
@@ -28,8 +31,11 @@ class Group {
   // -1 for a device that is not in the group.
   int RankOf(int device) const;
   const GroupView* view(int rank) const { return ranks_[rank].view; }
-  // What failed in this group since the last call of this for `rank`, in a sentence; empty if nothing has.
-  std::string TakeFailure(int rank);
+  // Before each launch of `rank` on `stream`: what has failed in this group, in a sentence, or nothing. If something
+  // has, the call is to be launched as refused and the sentence to be raised. All ranks' calls of the run in which the
+  // failure is first heard of are refused; in the next run each rank begins a new generation of calls, so no call pairs
+  // with one from before.
+  std::string Enter(int rank, int64_t run, cudaStream_t stream);
   int64_t persistent_bytes() const { return sizeof(Window); }
 
  private:
@@ -38,7 +44,8 @@ class Group {
     Window* window = nullptr;
     GroupView* view = nullptr;
     Status* status = nullptr;
-    std::vector<uint32_t> reported;  // failures of each rank that this rank has heard of
+    uint32_t heard = 0;       // failures of this rank that the host has heard of
+    uint64_t generation = 0;  // of this rank's calls
   };
 
   explicit Group(int64_t id, const std::vector<int>& devices);
@@ -46,6 +53,10 @@ class Group {
 
   int64_t id_;
   std::vector<Rank> ranks_;
+  std::mutex mutex_;         // of what follows, and of heard and generation
+  uint64_t generation_ = 0;  // failures heard of
+  int64_t failed_run_ = 0;
+  std::string failure_;
 };
 
 }  // namespace jax_ep

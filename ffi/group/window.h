@@ -1,5 +1,5 @@
-// What ranks share: one Window a rank, at a fixed address for the life of the group. docs/protocol.md explains each field.
-// The only place that knows the layout, for host and device; GroupView is how a kernel finds the windows.
+// What ranks share: one Window a rank, at a fixed address for the life of the group. docs/protocol.md explains each
+// field. The only place that knows the layout, for host and device; GroupView is how a kernel finds the windows.
 #pragma once
 
 #include <cstddef>
@@ -13,10 +13,17 @@ constexpr int kMaxSendBlocks = 16;  // blocks that count and send in a dispatch
 constexpr int kMaxBins = 2080;      // counts a send block publishes: experts, and ranks in layout "rank"
 constexpr int kNumAddresses = 8;
 
-// Flags are epoch << 32 | state and only grow within an epoch.
+// A flag is epoch << kStateBits | state, and only grows. An epoch is generation << kCountBits | number of the call: the
+// host begins a new generation after a failure.
+constexpr int kStateBits = 24, kCountBits = 32;
 constexpr uint32_t kPosted = 1;
-constexpr uint32_t kDone = 0x7fffffff;
-constexpr uint32_t kGone = 0xffffffff;
+constexpr uint32_t kDone = 0x7fffff;
+constexpr uint32_t kGone = 0xffffff;
+constexpr int kMaxSteps = 1 << 23;  // of a lane
+
+constexpr uint64_t MakeFlag(uint64_t epoch, uint32_t state) { return epoch << kStateBits | state; }
+constexpr uint64_t EpochOf(uint64_t flag) { return flag >> kStateBits; }
+constexpr uint32_t StateOf(uint64_t flag) { return static_cast<uint32_t>(flag) & kGone; }
 
 struct Mail {
   uint64_t address[kNumAddresses];
@@ -24,8 +31,8 @@ struct Mail {
 
 struct Window {
   // Own kernels only.
-  uint64_t epoch;
-  uint64_t failed_epoch;
+  uint64_t epoch;         // calls that have ended
+  uint64_t failed_epoch;  // last call that failed: its whole generation has, from then on
   unsigned int exits;
   // Written by peers, indexed by the writer.
   alignas(128) uint64_t post[2][kMaxRanks][kMaxLanes];
@@ -34,8 +41,8 @@ struct Window {
   alignas(128) int32_t counts[2][kMaxRanks][kMaxSendBlocks][kMaxBins];
 };
 
-// In host memory that the device maps: after a failure, who waited for whom. `failures` is stored last. Never read while waiting:
-// hundreds of warps that read over PCIe take milliseconds.
+// In host memory that the device maps: after a failure, who waited for whom. `failures` is stored last. Never read
+// while waiting: hundreds of warps that read over PCIe take milliseconds.
 struct Status {
   volatile uint32_t failures;
   volatile uint32_t operation, phase;

@@ -8,7 +8,11 @@ from pathlib import Path
 
 import jax
 
+COMBINE = "jax_ep_combine"
+DISPATCH = "jax_ep_dispatch"
+DISPATCH_CACHED = "jax_ep_dispatch_cached"
 DISPATCH_LAYOUT = "jax_ep_dispatch_layout"
+NOTIFY = "jax_ep_notify"
 
 Version = tuple[int, int]
 
@@ -45,3 +49,7 @@ except ImportError as error:
 check_ffi_api(_core.ffi_api, installed_ffi_api(jax.ffi.include_dir()))
 for _target, _handler in _core.handlers().items():
     jax.ffi.register_ffi_target(_target, _handler, platform="CUDA")
+
+have_peer_access = _core.have_peer_access
+make_group = _core.make_group
+set_timeout = _core.set_timeout

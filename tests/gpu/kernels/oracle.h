@@ -22,9 +22,9 @@ struct Case {
   int alignment, expert_capacity, capacity;  // capacity C; 0: worst case
   RowDtype dtype;
   int64_t hidden;
-  int64_t second_bytes = 0;                  // of a row of a second array
+  int64_t second_bytes = 0;  // of a row of a second array
   bool weights = true;
-  double skew = 0;                           // share of choices that go to expert 0
+  double skew = 0;  // share of choices that go to expert 0
   double invalid = 0.05;
   int num_sms = 8, num_send_blocks = 4;
   unsigned seed = 1;
@@ -44,8 +44,9 @@ inline void Finish(Case& c) {
     if (c.expert_capacity == 0) c.expert_capacity = c.num_ranks * c.num_tokens;
     c.capacity = c.num_local() * c.expert_capacity;
   } else if (c.capacity == 0) {
-    c.capacity = c.layout == Layout::kRank ? c.num_ranks * c.num_tokens
-                                           : c.num_ranks * c.num_tokens * c.num_topk + c.num_local() * (c.alignment - 1);
+    c.capacity = c.layout == Layout::kRank
+                     ? c.num_ranks * c.num_tokens
+                     : c.num_ranks * c.num_tokens * c.num_topk + c.num_local() * (c.alignment - 1);
   }
 }
 
@@ -164,8 +165,8 @@ inline float Round(RowDtype dtype, float value) {
 
 // out [T, H] of rank r from everybody's y [C, H] and weights [C]. Only tokens t % stride == 0, the others stay zero.
 inline std::vector<char> Combined(const Case& c, const std::vector<RankRouting>& routing, int r,
-                                  const std::vector<std::vector<char>>& y, const std::vector<std::vector<float>>* weights,
-                                  int stride = 1) {
+                                  const std::vector<std::vector<char>>& y,
+                                  const std::vector<std::vector<float>>* weights, int stride = 1) {
   const int64_t row_bytes = c.row_bytes(), elem = c.elem_bytes();
   std::vector<char> out(c.num_tokens * row_bytes, 0);
   for (int t = 0; t < c.num_tokens; t += stride) {

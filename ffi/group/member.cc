@@ -1,0 +1,37 @@
+#include "group/member.h"
+
+#include <stdexcept>
+
+#include "common/error.h"
+
+namespace jax_ep {
+
+xla::ffi::Error FindMember(const char* operation, cudaStream_t stream, int device, xla::ffi::RunId run,
+                           xla::ffi::Span<const int64_t> devices, int64_t num_ranks, Member* member) {
+  const size_t count = devices.size();
+  for (size_t i = 0; i < count; ++i) {
+    if (devices.begin()[i] != device) continue;
+    const size_t first = i / num_ranks * num_ranks;
+    if (first + num_ranks > count) break;
+    const std::vector<int> ranks(devices.begin() + first, devices.begin() + first + num_ranks);
+    try {
+      member->group = &Group::OfDevices(ranks);
+    } catch (const std::runtime_error& error) {
+      return xla::ffi::Error::Internal(error.what());
+    }
+    member->rank = static_cast<int>(i - first);
+    member->failure = member->group->Enter(member->rank, run.run_id, stream);
+    return xla::ffi::Error::Success();
+  }
+  return InvalidArgument(operation, "device " + std::to_string(device) +
+                                        " is in no group of this call; compile it for the devices it runs on");
+}
+
+xla::ffi::Error Report(const char* operation, const Member& member, cudaError_t launched) {
+  if (launched != cudaSuccess || !member.refused()) return FromCuda(operation, launched);
+  return xla::ffi::Error::Internal(
+      std::string(operation) + ": an earlier call of this group failed, and its results are zero: " + member.failure +
+      ". Look at the named rank; jax_ep.config.timeout sets how long a rank waits.");
+}
+
+}  // namespace jax_ep

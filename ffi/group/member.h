@@ -1,0 +1,32 @@
+// What a handler needs of its group: attributes in, this device's place out.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <string>
+#include <vector>
+
+#include "group/group.h"
+#include "xla/ffi/api/ffi.h"
+
+namespace jax_ep {
+
+struct Member {
+  Group* group = nullptr;
+  int rank = 0;
+  // What has failed in the group: the call is to be launched as refused, and this is its error. Mostly empty.
+  std::string failure;
+
+  const GroupView* view() const { return group->view(rank); }
+  bool refused() const { return !failure.empty(); }
+};
+
+// `devices` lists the CUDA devices of all groups along the axis, group by group, `num_ranks` each; `device` is in one
+// of them.
+xla::ffi::Error FindMember(const char* operation, cudaStream_t stream, int device, xla::ffi::RunId run,
+                           xla::ffi::Span<const int64_t> devices, int64_t num_ranks, Member* member);
+
+// After the launch: the launch's error, else the failure that came before, else success.
+xla::ffi::Error Report(const char* operation, const Member& member, cudaError_t launched);
+
+}  // namespace jax_ep
