@@ -36,8 +36,7 @@ import jax_ep
 
 class Result(NamedTuple):
     history: History
-    unigram_bits: float  # what byte frequencies alone reach on the held-out text
-    bigram_bits: float  # the same for pairs of bytes
+    baselines: dict[str, float]  # bits a byte on the held-out files
     tokens_in_step: int
     step_seconds: float  # median
     exchange_seconds: float  # of dispatch and combine, forward and backward, timed alone
@@ -48,7 +47,6 @@ class Result(NamedTuple):
 def main(argv: list[str] | None = None) -> int:
     began = time.perf_counter()
     args = parse_args(argv)
-    start_devices()
     mesh = jax.make_mesh((jax.device_count(),), (model.AXIS,))
     for name in ("batch", "experts"):
         if getattr(args, name) % mesh.size:
@@ -71,7 +69,7 @@ def main(argv: list[str] | None = None) -> int:
     result = train(args, config, mesh, corpus, console)
     if jax.process_index() == 0:
         args.out.mkdir(parents=True, exist_ok=True)
-        plot_training(result.history, result.unigram_bits, args.out / "training.png")
+        plot_training(result.history, result.baselines, args.out / "training.png")
         result.history.write(args.out / "training.csv")
         report(result, console)
         console.print(f"Written: training.png, training.csv in {args.out}. {time.perf_counter() - began:.0f} s in all.")
@@ -81,13 +79,18 @@ def main(argv: list[str] | None = None) -> int:
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=500)
-    parser.add_argument("--dim", type=int, default=128, help="width of the model, a multiple of 32")
-    parser.add_argument("--layers", type=int, default=3)
-    parser.add_argument("--experts", type=int, default=16, help="in each layer, over all devices")
-    parser.add_argument("--topk", type=int, default=2, help="experts a byte goes through")
+    parser.add_argument("--dim", type=int, default=model.Config.dim, help="width of the model, a multiple of 32")
+    parser.add_argument("--layers", type=int, default=model.Config.layers)
+    parser.add_argument("--experts", type=int, default=model.Config.experts, help="in each layer, over all devices")
+    parser.add_argument("--topk", type=int, default=model.Config.topk, help="experts a byte goes through")
     parser.add_argument("--batch", type=int, default=16, help="sequences in a step, over all devices")
     parser.add_argument("--seq", type=int, default=128, help="bytes in a sequence")
-    parser.add_argument("--capacity-factor", type=float, default=1.5, help="room on a device, 1 is its fair share")
+    parser.add_argument(
+        "--capacity-factor",
+        type=float,
+        default=model.Config.capacity_factor,
+        help="room on a device, 1 is its fair share",
+    )
     parser.add_argument("--wire", choices=["fp8", "fp8_ue8m0", "mxfp8"], help="what travels to the experts")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("moe_lm_out"), help="folder for the picture and its numbers")
@@ -114,7 +117,7 @@ def train(args: argparse.Namespace, config: model.Config, mesh: Mesh, corpus: da
     state = init(jax.random.key(args.seed))
     held_out = data.spread_batch(corpus.held_out, batch=8 * args.batch, seq=args.seq)
     evaluate = make_evaluate(config, mesh, [held_out[part::8] for part in range(8)])
-    evaluate_every = math.ceil(args.steps / 10)
+    evaluate_after = {math.ceil(args.steps * (part / 12) ** 2) for part in range(1, 13)}  # denser where much happens
 
     history = History()
     history.held_out_bits[0] = evaluate(state.params)
@@ -128,17 +131,19 @@ def train(args: argparse.Namespace, config: model.Config, mesh: Mesh, corpus: da
             state, stats = train_step(state, tokens)
             train_bits = history.append(stats)  # waits for the step before, this one runs meanwhile
             seconds.append(time.perf_counter() - start)
-            if step % evaluate_every == 0 or step == args.steps:
+            if step in evaluate_after:
                 history.held_out_bits[step] = evaluate(state.params)
             rate = args.batch * args.seq / statistics.median(seconds)
             held_out_bits = history.held_out_bits[max(history.held_out_bits)]
             progress.update(task, advance=1, train=train_bits, held_out=held_out_bits, rate=rate)
 
-    prompt = held_out[: mesh.size, :-1]
+    prompt = held_out[held_out.shape[0] // 2 :][: mesh.size, :-1]
     return Result(
         history=history,
-        unigram_bits=data.unigram_bits(corpus.train, held_out),
-        bigram_bits=data.bigram_bits(corpus.train, held_out),
+        baselines={
+            "unigram entropy": data.unigram_bits(corpus.train, held_out),
+            "bigram entropy": data.bigram_bits(corpus.train, held_out),
+        },
         tokens_in_step=args.batch * args.seq,
         step_seconds=statistics.median(seconds),
         exchange_seconds=exchange_seconds(state.params, tokens, config, mesh),
@@ -165,8 +170,9 @@ def report(result: Result, console: Console) -> None:
     table = Table("", "", show_header=False)
     table.add_row("held-out loss before", f"{bits[0]:.3f} bits/byte")
     table.add_row("held-out loss after", f"[bold]{bits[max(bits)]:.3f} bits/byte")
-    table.add_row("  byte frequencies alone", f"{result.unigram_bits:.3f} bits/byte (unigram entropy)")
-    table.add_row("  pairs of bytes alone", f"{result.bigram_bits:.3f} bits/byte (bigram entropy)", end_section=True)
+    for name, baseline in result.baselines.items():
+        table.add_row(f"  {name}", f"{baseline:.3f} bits/byte")
+    table.add_section()
     table.add_row("throughput", f"{result.tokens_in_step / result.step_seconds:,.0f} tokens/s")
     table.add_row("training step", f"{result.step_seconds * 1e3:.1f} ms (median)")
     table.add_row(
@@ -180,4 +186,5 @@ def report(result: Result, console: Console) -> None:
 
 
 if __name__ == "__main__":
+    start_devices()
     sys.exit(main())

@@ -13,7 +13,7 @@ from rich.table import Table
 from . import model
 from .training import make_training
 
-TOLERANCE = 1e-4  # largest difference, relative to the largest entry: f32 sums in another order, four layers deep
+TOLERANCE = 1e-4  # largest difference, relative to the largest entry: f32 sums in another order
 
 
 def agrees_with_dense(config: model.Config, mesh: Mesh, batch: np.ndarray, seed: int, console: Console) -> bool:
@@ -21,7 +21,6 @@ def agrees_with_dense(config: model.Config, mesh: Mesh, batch: np.ndarray, seed:
     config = dataclasses.replace(config, dtype="float32", capacity_factor=None, wire=None)
     params = make_training(config, mesh, num_steps=1)[0](jax.random.key(seed)).params
     everywhere = jax.jit(lambda tree: tree, out_shardings=NamedSharding(mesh, P()))
-
     specs = (P(), model.param_specs(config))
 
     with jax.default_matmul_precision("highest"):

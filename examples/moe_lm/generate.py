@@ -9,6 +9,8 @@ from jax.sharding import PartitionSpec as P
 
 from . import model
 
+TEMPERATURE = 0.7
+
 
 def generate(
     params: model.Params, prompt: np.ndarray, config: model.Config, mesh: Mesh, *, num_bytes: int, seed: int
@@ -25,7 +27,7 @@ def generate(
         def append(i: Array, text: Array) -> Array:
             window = lax.dynamic_slice_in_dim(text, i, seq, axis=1)
             logits = model.forward(params, window, config, model.expert_parallel(config), mean=lambda x: x)[0]
-            byte = jax.random.categorical(jax.random.fold_in(key, i), logits[:, -1].astype(jnp.float32) / 0.7)
+            byte = jax.random.categorical(jax.random.fold_in(key, i), logits[:, -1].astype(jnp.float32) / TEMPERATURE)
             return lax.dynamic_update_slice_in_dim(text, byte[:, None], seq + i, axis=1)
 
         return lax.fori_loop(0, num_bytes, append, jnp.pad(prompt, ((0, 0), (0, num_bytes))))[:, seq:]

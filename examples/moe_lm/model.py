@@ -29,10 +29,10 @@ HEAD_DIM = 32
 @dataclasses.dataclass(frozen=True)
 class Config:
     dim: int = 128
-    layers: int = 4
+    layers: int = 3
     experts: int = 16
     topk: int = 2
-    capacity_factor: float | None = 1.5  # rows a rank can receive, in multiples of its fair share; None: all there are
+    capacity_factor: float | None = 1.5  # room on a rank for choices, 1 is its fair share; None: for all there are
     wire: str | None = None  # what travels: None is x as it is
     dtype: str = "float32"  # of the activations; parameters are f32
     balance: float = 0.03  # weight of the load-balancing loss

@@ -11,21 +11,23 @@ from .training import History
 TRAIN, HELD_OUT, QUIET = "#7aa6d6", "#c2410c", "0.45"
 
 
-def plot_training(history: History, unigram_bits: float, path: Path) -> None:
+def plot_training(history: History, baselines: dict[str, float], path: Path) -> None:
+    """baselines: bits a byte on the held-out files, by name."""
     loads, dropped, train_bits = history.load, history.dropped, history.train_bits
     num_steps, num_layers, num_experts = loads.shape
     steps = np.arange(1, num_steps + 1)
     figure = Figure(figsize=(9, 9.5), layout="constrained")
     loss, load, drops = figure.subplots(3, sharex=True, height_ratios=(4, 4, 1.3))
 
-    loss.axhline(unigram_bits, color=QUIET, linestyle="--", linewidth=1)
-    loss.annotate(
-        f"byte frequencies alone: {unigram_bits:.2f}", (1, unigram_bits), xycoords=("axes fraction", "data"),
-        xytext=(-4, 4), textcoords="offset points", ha="right", color=QUIET,
-    )  # fmt: skip
+    for name, bits in baselines.items():
+        loss.axhline(bits, color=QUIET, linestyle="--", linewidth=1)
+        loss.annotate(
+            f"{name}: {bits:.2f}", (1, bits), xycoords=("axes fraction", "data"), xytext=(-4, 4),
+            textcoords="offset points", ha="right", color=QUIET,
+        )  # fmt: skip
     loss.plot(steps, train_bits, color=TRAIN, linewidth=1, label="training batch")
     at, held_out_bits = zip(*history.held_out_bits.items(), strict=True)
-    loss.plot(at, held_out_bits, "o-", color=HELD_OUT, markersize=4, label="held-out files")
+    loss.plot(at, held_out_bits, "o-", color=HELD_OUT, markersize=4, clip_on=False, label="held-out files")
     loss.annotate(
         f"{held_out_bits[-1]:.2f}", (at[-1], held_out_bits[-1]), xytext=(0, 8), textcoords="offset points", ha="right",
         color=HELD_OUT, weight="bold",
@@ -50,9 +52,9 @@ def plot_training(history: History, unigram_bits: float, path: Path) -> None:
     colorbar.set_label("choices, in fair shares")
 
     drops.fill_between(steps, dropped, color=TRAIN, linewidth=0)
-    drops.yaxis.set_major_formatter(PercentFormatter(xmax=1, decimals=None))
+    drops.yaxis.set_major_formatter(PercentFormatter(xmax=1, decimals=0))
     drops.set(title="Dropped for want of room", xlabel="training step", ylabel="of all choices")
-    drops.set(ylim=(0, max(0.01, 1.05 * dropped.max())), xlim=(0, num_steps + 0.5))
+    drops.set(ylim=(0, max(0.05, 1.05 * dropped.max())), xlim=(0, num_steps + 0.5))
     drops.grid(axis="y", alpha=0.3)
 
     for axes in (loss, load, drops):
