@@ -7,8 +7,9 @@ a process that is missing becomes an error that names it, within `jax_ep.config.
 from __future__ import annotations
 
 import importlib.metadata
-import itertools
 import json
+import time
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +18,6 @@ from jax import lax
 from jax_ep._src import check, compat
 from jax_ep._src.config import config
 
-_attempts = itertools.count()
 _state = {"initialized": False}
 
 
@@ -26,10 +26,11 @@ def initialize() -> None:
 
     Every process calls it. It checks that all of them are there and run the same jax_ep and jaxlib, since ranks with
     different protocols would wait for each other for ever. In a single process, and when called again, it does nothing.
+    After an error it may be called again: a process that came too late is then found.
 
     Raises:
-      RuntimeError: `jax.distributed.initialize()` was not called although this is one of several processes; a process
-        did not come within `jax_ep.config.timeout` seconds (it is named); or versions differ (both are named).
+      RuntimeError: `jax.distributed.initialize()` was not called although this is one of several processes; processes
+        did not come within `jax_ep.config.timeout` seconds (they are named); or versions differ (both are named).
 
     Example:
       >>> jax.distributed.initialize()
@@ -38,33 +39,50 @@ def initialize() -> None:
     if _state["initialized"]:
         return
     client = compat.distributed_client()
-    if client is None:
-        if jax.process_count() > 1:
-            raise RuntimeError(
-                f"initialize: jax.distributed must be up in each of the {jax.process_count()} processes, got no coordination "
-                "client. Call jax.distributed.initialize() before jax_ep.initialize()."
-            )
-        _state["initialized"] = True
-        return
-    attempt = next(_attempts)
-    mine = {"jax_ep": importlib.metadata.version("jax-ep"), "jaxlib": importlib.metadata.version("jaxlib")}
-    milliseconds = round(config.timeout * 1000)
-    prefix = f"jax_ep/initialize/{attempt}"
-    client.key_value_set(f"{prefix}/{jax.process_index()}", json.dumps(mine))
-    for process in range(jax.process_count()):
+    if client is not None:
+        _meet(client, *compat.distributed_process())
+    elif jax.process_count() > 1:
+        raise RuntimeError(
+            f"initialize: jax.distributed must be up in each of the {jax.process_count()} processes, got no coordination "
+            "client. Call jax.distributed.initialize() before jax_ep.initialize()."
+        )
+    _state["initialized"] = True
+
+
+def _meet(client: Any, me: int, num_processes: int) -> None:
+    """Tells all processes this one's versions, and waits until each has told the same."""
+    mine = {name: importlib.metadata.version(name) for name in ("jax-ep", "jaxlib")}
+    client.key_value_set(_key(me), json.dumps(mine), allow_overwrite=True)
+    deadline = time.monotonic() + config.timeout
+    missing = []
+    for process in range(num_processes):
+        milliseconds = max(1, round(1000 * (deadline - time.monotonic())))
         try:
-            theirs = json.loads(client.blocking_key_value_get(f"{prefix}/{process}", milliseconds))
+            theirs = json.loads(client.blocking_key_value_get(_key(process), milliseconds))
         except jax.errors.JaxRuntimeError as error:
-            raise RuntimeError(
-                f"initialize: each of the {jax.process_count()} processes must call jax_ep.initialize() within "
-                f"{config.timeout:g} s, got no word from process {process}. Look at its log, or raise jax_ep.config.timeout."
-            ) from error
+            if "DEADLINE_EXCEEDED" not in str(error):
+                raise
+            missing.append(process)
+            continue
         if theirs != mine:
             raise RuntimeError(
-                f"initialize: all processes must run the same versions, got {theirs} on process {process} and {mine} on "
-                f"process {jax.process_index()}. Install the same wheels everywhere."
+                f"initialize: all processes must run the same versions, got {_versions(theirs)} on process {process} and "
+                f"{_versions(mine)} on process {me}. Install the same wheels everywhere."
             )
-    _state["initialized"] = True
+    if missing:
+        raise RuntimeError(
+            f"initialize: each of the {num_processes} processes must call jax_ep.initialize() within {config.timeout:g} s, "
+            f"got no word from process {', '.join(map(str, missing))} on process {me}. Look at its log, or raise "
+            "jax_ep.config.timeout."
+        )
+
+
+def _key(process: int) -> str:
+    return f"jax_ep/initialize/{process}"
+
+
+def _versions(versions: dict[str, str]) -> str:
+    return ", ".join(f"{name} {version}" for name, version in versions.items())
 
 
 def finalize() -> None:

@@ -29,6 +29,7 @@ __all__ = [
     "batching",
     "check_vma_enabled",
     "distributed_client",
+    "distributed_process",
     "effectful_primitive",
     "mlir",
     "named_axis_effects",
@@ -104,5 +105,10 @@ def give_names_a_transpose() -> None:
 
 
 def distributed_client() -> Any | None:
-    """The client of JAX's coordination service, or None in a single-process run."""
+    """The client of JAX's coordination service, or None where `jax.distributed.initialize()` was not called."""
     return _distributed.global_state.client
+
+
+def distributed_process() -> tuple[int, int]:
+    """This process's index and how many there are; unlike `jax.process_index()` it starts no backend and waits for nobody."""
+    return _distributed.global_state.process_id, _distributed.global_state.num_processes

@@ -1,0 +1,43 @@
+"""initialize and finalize: who is missing or different is named, in time; calling again, alone and late is fine."""
+
+import importlib.metadata
+
+import jax
+import launch
+import numpy as np
+import pytest
+
+import jax_ep
+
+
+@pytest.mark.multiprocess
+def test_two_processes_meet_or_are_told_who_is_missing_or_different():
+    first, second = launch.run("bootstrap_worker:steps", devices_per_process=1)
+
+    assert "each of the 2 processes must call jax_ep.initialize() within 1.5 s" in first["alone"]
+    assert "got no word from process 1" in first["alone"]
+    assert 1.4 < first["alone_seconds"] < 6
+    assert not first["backend_started"]  # JAX's own start would have waited for the missing process
+
+    for seen in (first, second):
+        assert seen["together"] is None
+        assert seen["again"] is None
+    assert first["finalize_seconds"] < 1
+    assert first["after_finalize_alone"] is None
+
+    installed = importlib.metadata.version("jax-ep")
+    theirs, mine = (f"jax-ep {version}, jaxlib {jax.lib.__version__}" for version in ("9.9.9", installed))
+    assert f"got {theirs} on process 1 and {mine} on process 0" in first["versions"]
+    assert f"got {mine} on process 0 and {theirs} on process 1" in second["versions"]
+    assert first["reinstalled"] is None and second["reinstalled"] is None
+
+
+def test_a_single_process_needs_none_of_it():
+    for _ in range(2):
+        jax_ep.initialize()
+        jax_ep.initialize()
+        jax_ep.finalize()
+        jax_ep.finalize()
+    mesh = jax.make_mesh((jax.device_count(),), ("expert",))
+    barrier = jax.shard_map(lambda: jax_ep.barrier("expert"), mesh=mesh, in_specs=(), out_specs=jax.P("expert"))
+    np.testing.assert_array_equal(jax.jit(barrier)(), jax.device_count())

@@ -1,0 +1,18 @@
+"""The suite's core under 2 processes with 4 devices each. exchange_worker.py holds the checks; one run makes them all."""
+
+import launch
+import pytest
+
+
+@pytest.mark.multiprocess
+def test_two_processes_exchange_as_the_oracle_says():
+    processes = launch.run("exchange_worker:core", timeout=240)
+    failed = [
+        f"process {i}, {name}:\n{error}"
+        for i, process in enumerate(processes)
+        for name, error in process["failed"].items()
+    ]
+    assert not failed, "\n".join(failed)
+    print(*(process["seconds"] for process in processes))
+    first, second = (process["barrier"] for process in processes)
+    assert first["after"] >= second["before"]  # process 1 came late
