@@ -1,0 +1,86 @@
+"""The speed of light of an exchange: the bytes that must cross the link, over a ceiling measured in the same run.
+
+    dispatch   one row a (token, rank) that holds one of its experts: sum over tokens, ranks r != own, of bytes(x row)
+    combine    one row back for each of them:                                                             bytes(y row)
+
+Gates, counts and indices are left out; so are the receiver's own copies.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import dataclasses
+import math
+import os
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from cases import Case
+from jax import lax
+
+from benchmarks import timing
+
+SCALE_BYTES = {"fp8": (128, 4), "fp8_ue8m0": (128, 1), "mxfp8": (32, 1)}  # columns a scale, bytes a scale
+
+
+def row_bytes(case: Case, wire: str | None) -> int:
+    """Bytes of one row on the wire."""
+    if wire is None:
+        return case.hidden * jnp.dtype(case.dtype).itemsize
+    columns, scale = SCALE_BYTES[wire]
+    return case.hidden + math.ceil(case.hidden / columns) * scale
+
+
+def rows_crossing(case: Case, topk_idx: np.ndarray) -> np.ndarray:
+    """s64[R, R]: rows from each rank to each other one, one a (token, rank). topk_idx: s32[R, T, K]."""
+    owner = topk_idx // case.num_local_experts
+    rows = np.stack([(owner == rank).any(axis=2).sum(axis=1) for rank in range(case.num_ranks)], axis=1)
+    np.fill_diagonal(rows, 0)
+    return rows
+
+
+@dataclasses.dataclass(frozen=True)
+class Ceiling:
+    """How fast bytes can move at best."""
+
+    name: str
+    bytes_per_second: float
+    shared: bool  # one memory for all ranks (virtual devices), or a link of its own for each rank and direction
+
+    def us(self, crossing_bytes: np.ndarray) -> float:
+        """Microseconds for f64[R, R] bytes from rank to rank."""
+        busiest_link = max(crossing_bytes.sum(axis=0).max(), crossing_bytes.sum(axis=1).max())
+        return float(crossing_bytes.sum() if self.shared else busiest_link) / self.bytes_per_second * 1e6
+
+
+def measure_ceiling(mesh: jax.sharding.Mesh) -> Ceiling:
+    """CPU: memcpy on all cores at once. Else: a collective permute of 256 MiB from each rank to the next."""
+    if mesh.devices.flat[0].platform == "cpu":
+        return Ceiling("memcpy", memcpy_bytes_per_second(), shared=True)
+    return Ceiling("collective permute", permute_bytes_per_second(mesh), shared=False)
+
+
+def memcpy_bytes_per_second(num_bytes: int = 1 << 28, repeats: int = 5) -> float:
+    """Bytes copied a second, the best of several times; each core copies a part that is larger than its caches."""
+    cores = len(os.sched_getaffinity(0))
+    parts = [(np.ones(num_bytes // cores, np.uint8), np.zeros(num_bytes // cores, np.uint8)) for _ in range(cores)]
+    seconds = []
+    with concurrent.futures.ThreadPoolExecutor(cores) as threads:
+        for _ in range(repeats):
+            start = time.perf_counter()
+            list(threads.map(lambda part: np.copyto(part[1], part[0]), parts))
+            seconds.append(time.perf_counter() - start)
+    return sum(target.nbytes for _, target in parts) / min(seconds)
+
+
+def permute_bytes_per_second(mesh: jax.sharding.Mesh, num_bytes: int = 1 << 28) -> float:
+    """Bytes a second that every rank sends to the next, all at once."""
+    (axis,), num_ranks = mesh.axis_names, mesh.devices.size
+    ring = [(rank, (rank + 1) % num_ranks) for rank in range(num_ranks)]
+    spec = jax.P(axis)
+    sharding = jax.sharding.NamedSharding(mesh, spec)
+    x = jax.jit(lambda: jnp.ones(num_ranks * num_bytes, jnp.uint8), out_shardings=sharding)()
+    move = jax.shard_map(lambda x: lax.ppermute(x, axis, ring), mesh=mesh, in_specs=spec, out_specs=spec)
+    return num_bytes / (timing.measure(timing.compiled(move, x), x, samples=10).median * 1e-6)
