@@ -1,0 +1,154 @@
+"""The programs as XLA's GPU compiler makes them for four H200s, on a machine without one.
+
+A scheduled module's order is the order of launches: here it is read how often each kernel is launched, in scan and grad
+too, and what else crosses the link. Needs the wheels jax-cuda13-plugin and jax-cuda13-pjrt of this jax; no GPU, no nvcc.
+data/h200.txtpb is the description of the GPU that XLA writes itself (--xla_dump_to on an H200).
+"""
+
+import importlib.util
+import os
+import re
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import jax_ep
+from jax_ep._src import group
+
+if importlib.util.find_spec("jax_plugins") is None or importlib.util.find_spec("jax_plugins.xla_cuda13") is None:
+    pytest.skip("needs the wheels jax-cuda13-plugin and jax-cuda13-pjrt", allow_module_level=True)
+if jax.default_backend() != "cpu":
+    pytest.skip("compiles for GPUs that are not there; here are some", allow_module_level=True)
+if jax.__version_info__[:2] != (0, 11):
+    pytest.skip("data/h200.txtpb is of jax 0.11", allow_module_level=True)
+
+R, T, H, E, K, LAYERS = 4, 128, 256, 16, 4, 3
+GRAPHS = {"xla_gpu_enable_command_buffer": "FUSION,CUBLAS,CUSTOM_CALL"}
+NO_GRAPHS = {"xla_gpu_enable_command_buffer": ""}
+
+
+@pytest.fixture(scope="module")
+def mesh():
+    os.environ["JAX_SKIP_CUDA_CONSTRAINTS_CHECK"] = "1"
+    from jax.experimental import topologies
+
+    config = (Path(__file__).parent / "data" / "h200.txtpb").read_text()
+    topology = topologies.get_topology_desc(platform="cuda", target_config=config, topology=f"1x1x{R}")
+    return Mesh(np.array(topology.devices), ("expert",))
+
+
+@pytest.fixture(autouse=True)
+def kernels_serve(monkeypatch):
+    """The devices of a topology cannot be asked for peer access: say that they have it."""
+    monkeypatch.setattr(group, "along", lambda axis_context, axis_name: (tuple(range(R)),))
+
+
+def moe(x, router, scale, layout="expert", wire=None):
+    """One MoE layer of a rank: bf16[T, H], bf16[H, E], bf16[H, H] -> bf16[T, H]."""
+    weights, topk_idx = jax.lax.top_k(jax.nn.softmax((x @ router).astype(jnp.float32)), K)
+    sizes = {"expert_capacity": T} if layout == "batched" else {"max_recv_tokens": 5 * T}
+    recv, handle = jax_ep.dispatch(
+        x, topk_idx, weights, axis_name="expert", num_experts=E, layout=layout, wire=wire, **sizes
+    )
+    rows = recv.x if wire is None else jax_ep.dequantize(recv.x)
+    y = jax.nn.silu(rows @ scale)
+    return jax_ep.combine(y, handle, None if layout == "rank" else recv.weights)
+
+
+def network(mesh, remat=None, **kwargs):
+    """LAYERS layers in a scan: x, routers [LAYERS, H, E], scales [LAYERS, H, H] -> x."""
+
+    def layer(x, params):
+        return x + moe(x, *params, **kwargs)
+
+    step = layer if remat is None else jax.checkpoint(layer, policy=remat)
+
+    def f(x, routers, scales):
+        return jax.lax.scan(lambda x, params: (step(x, params), None), x, (routers, scales))[0]
+
+    return jax.shard_map(f, mesh=mesh, in_specs=(P("expert"), P(), P()), out_specs=P("expert"))
+
+
+def gradient(f):
+    return jax.grad(lambda *args: (f(*args).astype(jnp.float32) ** 2).sum(), argnums=(0, 1, 2))
+
+
+def compile_for_gpus(mesh, f, options=None):
+    def aval(shape, spec):
+        return jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=NamedSharding(mesh, spec))
+
+    args = aval((R * T, H), P("expert")), aval((LAYERS, H, E), P()), aval((LAYERS, H, H), P())
+    return jax.jit(f).trace(*args).lower(lowering_platforms=("cuda",)).compile(options)
+
+
+def launches(compiled):
+    """Kernels of this package, in the order of the module's text."""
+    return re.findall(r'custom_call_target="jax_ep_(\w+)"', compiled.as_text())
+
+
+def collectives(compiled):
+    """What crosses the link besides."""
+    names = "all-gather|all-to-all|all-reduce|reduce-scatter|collective-permute"
+    return re.findall(rf" ({names})(?:-start)?\(", compiled.as_text())
+
+
+@pytest.mark.parametrize("layout", ["expert", "rank", "batched"])
+def test_a_layer_is_one_dispatch_and_one_combine_and_nothing_else_on_the_link(mesh, layout):
+    compiled = compile_for_gpus(mesh, network(mesh, layout=layout))
+    assert launches(compiled) == ["dispatch", "combine"]
+    assert collectives(compiled) == []
+
+
+@pytest.mark.parametrize("options", [NO_GRAPHS, GRAPHS], ids=["launched", "graphs"])
+@pytest.mark.parametrize("layout", ["expert", "rank"])
+def test_scan_and_grad_launch_each_call_once(mesh, layout, options):
+    """XLA 0.11.2 launched a dispatch twice whose rows are a residual of scan; a barrier keeps it from that."""
+    compiled = compile_for_gpus(mesh, gradient(network(mesh, layout=layout)), options)
+    assert launches(compiled) == ["dispatch", "combine", "dispatch_cached", "combine"]
+    assert set(collectives(compiled)) <= {"all-reduce"}  # of the replicated parameters' gradients
+
+
+def test_remat_repeats_the_dispatch_unless_the_policy_saves_it(mesh):
+    names = ("jax_ep_dispatch", "jax_ep_handle")
+    everything = compile_for_gpus(mesh, gradient(network(mesh, remat=jax.checkpoint_policies.nothing_saveable)))
+    saved = compile_for_gpus(mesh, gradient(network(mesh, remat=jax.checkpoint_policies.save_only_these_names(*names))))
+    assert launches(everything) == ["dispatch", "combine", "dispatch", "dispatch_cached", "combine"]
+    assert launches(saved) == ["dispatch", "combine", "dispatch_cached", "combine"]
+
+
+def test_a_wire_format_sends_values_and_scales_in_one_call(mesh):
+    compiled = compile_for_gpus(mesh, gradient(network(mesh, wire="fp8")))
+    assert launches(compiled) == ["dispatch", "combine", "dispatch_cached", "combine"]
+    (dispatch,) = re.findall(r"= \((.*?)\) custom-call.*jax_ep_dispatch\"", compiled.as_text())
+    assert f"f8e4m3fn[{5 * T},{H}]" in dispatch and f"f32[{5 * T},{H // 128}]" in dispatch
+
+
+def test_independent_calls_are_launched_in_the_same_order_by_every_compilation(mesh):
+    def two(x, routers, scales):
+        return moe(x, routers[0], scales[0]) + moe(2 * x, routers[1], scales[1])
+
+    f = jax.shard_map(two, mesh=mesh, in_specs=(P("expert"), P(), P()), out_specs=P("expert"))
+    first, second = (compile_for_gpus(mesh, f).as_text() for _ in range(2))
+    calls = [re.findall(r"%(jax_ep_\S+) =", text) for text in (first, second)]
+    assert calls[0] == calls[1] and len(calls[0]) == 4
+
+
+def test_dispatch_layout_is_one_kernel(mesh):
+    def f(x, routers, scales):
+        idx = jax.lax.top_k(x @ routers[0], K)[1]
+        return jax_ep.dispatch_layout(idx, num_experts=E, num_ranks=R).num_tokens_per_rank
+
+    sharded = jax.shard_map(f, mesh=mesh, in_specs=(P("expert"), P(), P()), out_specs=P("expert"))
+    assert launches(compile_for_gpus(mesh, sharded)) == ["dispatch_layout"]
+
+
+def test_where_kernels_cannot_serve_the_reference_is_compiled(mesh, monkeypatch):
+    monkeypatch.setattr(group, "along", lambda axis_context, axis_name: None)
+    compiled = compile_for_gpus(mesh, network(mesh))
+    assert launches(compiled) == []
+    assert set(collectives(compiled)) == {"all-gather", "all-to-all"}
