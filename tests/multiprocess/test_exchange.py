@@ -6,7 +6,7 @@ import pytest
 
 @pytest.mark.multiprocess
 def test_two_processes_exchange_as_the_oracle_says():
-    processes = launch.run("exchange_worker:core", timeout=240)
+    processes = launch.run("exchange_worker:core", timeout=280)
     failed = [
         f"process {i}, {name}:\n{error}"
         for i, process in enumerate(processes)
