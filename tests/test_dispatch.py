@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
-from cases import TINY, case
+from cases import MODELS, TINY, case
 from spmd import (
     LAYOUTS,
     assert_same_bits,
@@ -17,6 +17,7 @@ from spmd import (
     dispatch,
     expect,
     inputs,
+    mesh_of,
     on_every_rank,
 )
 from strategies import any_bits, draw_topk_idx, few_examples, stamped, topk_idx
@@ -282,3 +283,28 @@ def test_dispatch_cached_takes_another_width_and_dtype():
 
     handle, rows = on_every_rank(small, f)(x, idx, weights, other_x)
     assert_same_bits(rows, expect(small, handle, idx, other_x, None).x)
+
+
+@pytest.mark.parametrize("case", MODELS, ids=str)
+def test_the_shapes_of_known_models(case):
+    """Traced, not run: what a layer of each would hold, a rank."""
+    mesh, spec = mesh_of(case), jax.P(case.axis_name)
+    tokens = case.num_ranks * case.num_tokens
+    arrays = [
+        jax.ShapeDtypeStruct((tokens, case.hidden), case.dtype),
+        jax.ShapeDtypeStruct((tokens, case.num_topk), jnp.int32),
+        jax.ShapeDtypeStruct((tokens, case.num_topk), jnp.float32),
+    ]
+
+    def f(x, topk_idx, weights):
+        recv, handle = dispatch(case, x, topk_idx, weights)
+        return recv, handle, jax_ep.combine(recv.x, handle, recv.weights)
+
+    recv, handle, out = jax.eval_shape(jax.shard_map(f, mesh=mesh, in_specs=spec, out_specs=spec), *arrays)
+    rows = case.num_ranks * tokens * case.num_topk  # each rank could be sent all of them
+    assert recv.x.shape == (rows, case.hidden)
+    assert recv.weights.shape == (rows,)
+    assert recv.group_sizes.shape == recv.num_tokens_per_expert.shape == (case.num_experts,)
+    assert recv.num_dropped.shape == recv.num_invalid.shape == (case.num_ranks,)
+    assert handle.slot.shape == (tokens, case.num_topk)
+    assert (out.shape, out.dtype) == ((tokens, case.hidden), jnp.bfloat16)
