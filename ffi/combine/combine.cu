@@ -17,11 +17,9 @@
 namespace jax_ep {
 namespace {
 
-// A pulling thread has more loads in flight, over the link; a reducing one more company, to add while others load.
+// Pulling has more loads in flight a thread, over the link; reducing more warps, so that some add while others load.
 template <bool kReduce>
 constexpr int kNumWarps = kReduce ? 20 : 16;
-template <bool kReduce>
-constexpr int kLoadsInFlight = kReduce ? 8 : 16;
 constexpr int kMaxWorkers = kNumWarps<true> - 1;
 constexpr int kPieceBytes = 4096;  // of a row, an item, at most
 constexpr int kLag = 3;
@@ -74,32 +72,45 @@ __device__ __forceinline__ void StoreSum(const float (&sum)[Vector<T>::kSize], c
   *reinterpret_cast<int4*>(target) = bits;
 }
 
-// The sum of exactly kRows rows from byte `begin`, into `target`, where the whole row begins. A thread issues kRows * V
-// loads before it adds: that many are in flight. Beyond the end it reads the last vector again, and stores nothing.
-template <class T, bool kWeighted, int kRows, int V>
+// The sum of kRows rows (or one less, if kMayLack) from byte `begin`, into `target`, where the whole row begins. A
+// thread has kRows * V loads in flight before it adds. Beyond the end it reads the last vector again, and stores
+// nothing.
+template <class T, bool kWeighted, int kRows, int V, bool kMayLack = false>
 __device__ __forceinline__ void SumFewRows(const Rows& rows, int64_t begin, char* target, bool is_total) {
+  const int first = threadIdx.x % 32 * 16, size = static_cast<int>(rows.end - begin), last = size - 16 - first;
+  const bool lacks = kMayLack && __popc(rows.holders) < kRows;
   const char* row[kRows];
-  float weight[kRows];
   uint32_t rest = rows.holders;
 #pragma unroll
-  for (int i = 0; i < kRows; ++i, rest &= rest - 1) {
-    row[i] = PointerOf(rows, __ffs(rest) - 1);
-    weight[i] = kWeighted ? __shfl_sync(~0u, rows.weight, __ffs(rest) - 1) : 1.f;
-  }
-  for (int64_t base = begin; base < rows.end; base += V * 512) {
-    const int64_t offset = base + threadIdx.x % 32 * 16;
-    int4 bits[kRows][V];
+  for (int i = 0; i < kRows; ++i, rest &= rest - 1) row[i] = PointerOf(rows, __ffs(rest) - 1) + begin + first;
+  target += begin + first;
+  const auto load = [&](int4(&bits)[kRows][V], int base) {
 #pragma unroll
     for (int v = 0; v < V; ++v) {
 #pragma unroll
-      for (int i = 0; i < kRows; ++i) bits[i][v] = LoadRow(row[i] + min(offset + v * 512, rows.end - 16));
+      for (int i = 0; i < kRows; ++i) {
+        bits[i][v] = int4{};
+        if (!(kMayLack && i == kRows - 1 && lacks)) bits[i][v] = LoadRow(row[i] + min(base + v * 512, last));
+      }
+    }
+  };
+  float weight[kRows];
+  rest = rows.holders;
+  for (int base = 0; base < size; base += V * 512) {
+    int4 bits[kRows][V];
+    load(bits, base);
+    if (base == 0) {  // asked for after the first loads: they need not wait for it
+#pragma unroll
+      for (int i = 0; i < kRows; ++i, rest &= rest - 1) {
+        weight[i] = kWeighted ? __shfl_sync(~0u, rows.weight, __ffs(rest) - 1) : 1.f;
+      }
     }
 #pragma unroll
     for (int v = 0; v < V; ++v) {
       float sum[Vector<T>::kSize] = {};
 #pragma unroll
       for (int i = 0; i < kRows; ++i) Accumulate<T, kWeighted>(sum, bits[i][v], weight[i]);
-      if (offset + v * 512 < rows.end) StoreSum<T>(sum, target + offset + v * 512, is_total);
+      if (base + v * 512 <= last) StoreSum<T>(sum, target + base + v * 512, is_total);
     }
   }
 }
@@ -141,19 +152,23 @@ __device__ __forceinline__ void SumManyRows(const Rows& rows, int64_t begin, cha
 
 template <class T, bool kWeighted, bool kReduce>
 __device__ __forceinline__ void SumRows(const Rows& rows, int64_t begin, char* target, bool is_total) {
-  constexpr int kLoads = kLoadsInFlight<kReduce>;
-  switch (__popc(rows.holders)) {
+  constexpr int kWide = kReduce ? 4 : 8, kNarrow = kReduce ? 2 : 4;
+  const int count = __popc(rows.holders);
+  switch (count) {
     case 0:
       return;
     case 1:
-      return SumFewRows<T, kWeighted, 1, kLoads / 2>(rows, begin, target, is_total);
+      return SumFewRows<T, kWeighted, 1, kWide>(rows, begin, target, is_total);
     case 2:
-      return SumFewRows<T, kWeighted, 2, kLoads / 2>(rows, begin, target, is_total);
+      return SumFewRows<T, kWeighted, 2, kWide>(rows, begin, target, is_total);
     case 3:
-      return SumFewRows<T, kWeighted, 3, kLoads / 4>(rows, begin, target, is_total);
+      return SumFewRows<T, kWeighted, 3, kNarrow>(rows, begin, target, is_total);
     case 4:
-      return SumFewRows<T, kWeighted, 4, kLoads / 4>(rows, begin, target, is_total);
+      return SumFewRows<T, kWeighted, 4, kNarrow>(rows, begin, target, is_total);
     default:
+      if (kReduce && !kWeighted && count <= 6) return SumFewRows<T, kWeighted, 6, 1, true>(rows, begin, target, is_total);
+      if (kReduce && !kWeighted && count <= 8)
+        return SumFewRows<T, kWeighted, 8, 1, true>(rows, begin, target, is_total);
       return SumManyRows<T, kWeighted>(rows, begin, target, is_total);
   }
 }
