@@ -94,16 +94,14 @@ __device__ __forceinline__ void SumFewRows(const Rows& rows, int64_t begin, char
       }
     }
   };
-  float weight[kRows];
-  rest = rows.holders;
   for (int base = 0; base < size; base += V * 512) {
     int4 bits[kRows][V];
     load(bits, base);
-    if (base == 0) {  // asked for after the first loads: they need not wait for it
+    float weight[kRows];  // asked for after the loads: they need not wait for it
+    rest = rows.holders;
 #pragma unroll
-      for (int i = 0; i < kRows; ++i, rest &= rest - 1) {
-        weight[i] = kWeighted ? __shfl_sync(~0u, rows.weight, __ffs(rest) - 1) : 1.f;
-      }
+    for (int i = 0; i < kRows; ++i, rest &= rest - 1) {
+      weight[i] = kWeighted ? __shfl_sync(~0u, rows.weight, __ffs(rest) - 1) : 1.f;
     }
 #pragma unroll
     for (int v = 0; v < V; ++v) {
@@ -166,7 +164,8 @@ __device__ __forceinline__ void SumRows(const Rows& rows, int64_t begin, char* t
     case 4:
       return SumFewRows<T, kWeighted, 4, kNarrow>(rows, begin, target, is_total);
     default:
-      if (kReduce && !kWeighted && count <= 6) return SumFewRows<T, kWeighted, 6, 1, true>(rows, begin, target, is_total);
+      if (kReduce && !kWeighted && count <= 6)
+        return SumFewRows<T, kWeighted, 6, 1, true>(rows, begin, target, is_total);
       if (kReduce && !kWeighted && count <= 8)
         return SumFewRows<T, kWeighted, 8, 1, true>(rows, begin, target, is_total);
       return SumManyRows<T, kWeighted>(rows, begin, target, is_total);
