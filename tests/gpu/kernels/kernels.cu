@@ -6,6 +6,9 @@
 //   kernels timeout                    one rank does not call: the others must say so, and later calls must be right
 //   kernels bench CEILING_FILE         times of whole calls and their ratio to the push ceiling
 //   (benchmarks/p2p_ceiling.cu)
+//
+// nvcc -O3 -std=c++17 -Iffi -gencode arch=compute_90a,code=sm_90a -o kernels tests/gpu/kernels/kernels.cu ffi/dispatch/dispatch.cu
+//   ffi/combine/combine.cu ffi/group/barrier.cu ffi/group/group.cc
 #include <algorithm>
 #include <chrono>
 #include <cstdio>
