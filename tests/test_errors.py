@@ -136,6 +136,26 @@ def dispatched(x=X, topk_idx=IDX, topk_weights=None, **options):
             id="scales-of-other-tokens",
         ),
         pytest.param(
+            TypeError,
+            ["whole bytes", "float4_e2m1fn[4, 64]", "u8[num_tokens, hidden / 2]"],
+            {"x": jax_ep.Quantized(of(T, 64, dtype=jnp.float4_e2m1fn), of(T, 1))},
+            id="fp4-rows-unpacked",
+        ),
+        pytest.param(
+            TypeError,
+            ["whole bytes", "bool[4, 64]"],
+            {"x": jax_ep.Quantized(of(T, 64, dtype=jnp.bool_), of(T, 1))},
+            id="bool-rows",
+            marks=pytest.mark.xfail(reason="told later, and in other words"),
+        ),
+        pytest.param(
+            ValueError,
+            ["x.carrier", "f32[3, 16]"],
+            {"x": jax_ep.Quantized(of(T, H, dtype=jnp.uint8), of(T, 1), of(3, H))},
+            id="carrier-of-other-tokens",
+            marks=pytest.mark.xfail(reason="told later, and in other words"),
+        ),
+        pytest.param(
             ValueError,
             ["16 bytes", "u8[4, 8]"],
             {"x": jax_ep.Quantized(of(T, 8, dtype=jnp.uint8), of(T, 1))},
@@ -303,3 +323,19 @@ def test_dispatch_layout_refuses(error, fragments, topk_idx, arguments):
     refused(error, "dispatch_layout", *fragments, trace=jax.eval_shape)(
         lambda: jax_ep.dispatch_layout(topk_idx, **arguments)
     )
+
+
+@pytest.mark.parametrize("seconds", [0, -1.0, float("inf"), float("nan")])
+def test_a_timeout_that_is_none(seconds):
+    """No wait may be unbounded."""
+    before = jax_ep.config.timeout
+
+    def f():
+        jax_ep.config.timeout = seconds
+
+    refused(ValueError, "config", "timeout", str(float(seconds)), trace=lambda f: f())(f)
+    assert jax_ep.config.timeout == before == 60
+
+
+def test_a_barrier_along_no_axis():
+    refused(NameError, "barrier", "'expert'", trace=lambda f: f())(lambda: jax_ep.barrier("expert"))

@@ -542,8 +542,8 @@ def test_scan_over_layers_and_remat(layout, check_vma):
         return x
 
     expected = gradients(plain)
-    wraps = REMATS if check_vma and layout == "expert" else ["nothing-saved", "handle-and-rows-saved"][: 1 + check_vma]
-    for name in wraps:
+    names = ["nothing-saved", "handle-and-rows-saved", "handle-saved"]
+    for name in names if check_vma and layout == "expert" else names[: 1 + check_vma]:
         close(gradients(scanned(c, REMATS[name], check_vma=check_vma)), expected)
 
 
