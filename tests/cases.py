@@ -1,6 +1,7 @@
 """Named cases: sizes that tests and benchmarks share. A benchmark on fewer ranks says `dataclasses.replace(case, num_ranks=4)`."""
 
 import dataclasses
+import os
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,6 +37,21 @@ class Case:
     @property
     def num_local_experts(self):
         return self.num_experts // self.num_ranks
+
+
+def fitted(case):
+    """The case on the ranks there are: on fewer GPUs than it names, with as many experts on each."""
+    if os.environ.get("JAX_EP_TEST_PLATFORM") != "gpu":
+        return case
+    import jax
+
+    num_ranks = min(case.num_ranks, len(jax.devices()))
+    if num_ranks == case.num_ranks:
+        return case
+    axes = tuple((axis, num_ranks if i == 0 else 1) for i, (axis, _) in enumerate(case.axes))
+    num_experts = case.num_local_experts * num_ranks
+    num_topk = min(case.num_topk, num_experts)
+    return dataclasses.replace(case, num_ranks=num_ranks, num_experts=num_experts, num_topk=num_topk, axes=axes)
 
 
 def _model(name, num_experts, num_topk, hidden):
@@ -89,6 +105,7 @@ TINY = [
     Case("batched-no-tokens", 0, 8, 2, 4, 4, layout="batched"),
 ]
 
+TINY = [fitted(case) for case in TINY]
 CASES = TINY + MODELS
 
 

@@ -3,7 +3,12 @@
 The contract's tests are the same on both; those marked `gpu` look at the kernels and skip without a GPU.
 """
 
+import json
 import os
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import hypothesis
 import pytest
@@ -42,3 +47,44 @@ def pytest_collection_modifyitems(config, items):
         reason = f"needs a GPU: jax has {jax.devices()[0].platform} devices only"
     for item in gpu_items:
         item.add_marker(pytest.mark.skip(reason=reason))
+
+
+# ---- --record FILE: what this run found, for benchmarks/results/ -----------------------------------------------------
+
+
+def pytest_addoption(parser):
+    parser.addoption("--record", metavar="FILE", help="write a summary of this run as JSON: outcomes, commit, versions")
+
+
+def pytest_terminal_summary(terminalreporter, exitstatus, config):
+    path = config.getoption("--record")
+    if path is None:
+        return
+    import jax
+
+    stats = terminalreporter.stats
+    skipped = {}
+    for report in stats.get("skipped", []):
+        reason = report.longrepr[2].removeprefix("Skipped: ")
+        skipped[reason] = skipped.get(reason, 0) + 1
+    tests = {}
+    for report in stats.get("passed", []):
+        file = report.nodeid.split("::")[0]
+        tests[file] = tests.get(file, 0) + 1
+    git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short=12", "HEAD"]
+    commit = os.environ.get("JAX_EP_COMMIT") or subprocess.run(git, capture_output=True, text=True).stdout.strip()
+    devices = jax.devices()
+    record = {
+        "command": " ".join(["pytest", *config.invocation_params.args]),
+        "commit": commit,
+        "date": time.strftime("%Y-%m-%d", time.gmtime()),
+        "machine": f"{len(devices)} x {devices[0].device_kind}",
+        "python": sys.version.split()[0],
+        "jax": jax.__version__,
+        "exit_status": int(exitstatus),
+        "passed": len(stats.get("passed", [])),
+        "failed": sorted(report.nodeid for name in ("failed", "error") for report in stats.get(name, [])),
+        "passed_by_file": dict(sorted(tests.items())),
+        "skipped": dict(sorted(skipped.items())),
+    }
+    Path(path).write_text(json.dumps(record, indent=1) + "\n")

@@ -146,14 +146,12 @@ def dispatched(x=X, topk_idx=IDX, topk_weights=None, **options):
             ["whole bytes", "bool[4, 64]"],
             {"x": jax_ep.Quantized(of(T, 64, dtype=jnp.bool_), of(T, 1))},
             id="bool-rows",
-            marks=pytest.mark.xfail(reason="told later, and in other words"),
         ),
         pytest.param(
             ValueError,
             ["x.carrier", "f32[3, 16]"],
             {"x": jax_ep.Quantized(of(T, H, dtype=jnp.uint8), of(T, 1), of(3, H))},
             id="carrier-of-other-tokens",
-            marks=pytest.mark.xfail(reason="told later, and in other words"),
         ),
         pytest.param(
             ValueError,

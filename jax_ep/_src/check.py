@@ -21,7 +21,7 @@ from jax_ep._src.quantized import Quantized
 ROW_DTYPES = (jnp.bfloat16, jnp.float16, jnp.float32)
 ROW_BYTES = 16  # a row must be a multiple of it: the unit of the copy engine
 _INT32_MAX = 2**31 - 1
-_SUB_BYTE = ("int2", "int4", "uint2", "uint4", "float4")
+_NOT_BYTES = ("bool", "complex", "int2", "int4", "uint2", "uint4", "float4", "float6")  # beginnings of names
 _SHORT = {"float": "f", "bfloat": "bf", "int": "s", "uint": "u"}
 
 
@@ -220,11 +220,16 @@ def rows(operation: str, argument: str, x: Any, handle: Handle | None = None, wi
         )  # fmt: skip
     whole_units(operation, argument, parts[0])
     for part in parts:
-        if part.dtype.name.startswith(_SUB_BYTE):
+        if part.dtype.name.startswith(_NOT_BYTES):
             fail(
                 TypeError, operation, f"{argument} must have a dtype of whole bytes", show(part),
                 "Pass packed values as their bytes, u8[num_tokens, hidden / 2].",
             )  # fmt: skip
+    if carrier is not None and (carrier.ndim != len(lead_shape) + 1 or carrier.shape[:-1] != lead_shape):
+        fail(
+            ValueError, operation, f"{argument}.carrier must be [num_tokens, hidden] with the tokens of the values",
+            show(carrier), "Pass what quantize returned, or carrier=None.",
+        )  # fmt: skip
     folded = tuple(part.reshape(math.prod(lead_shape), part.shape[-1]) for part in parts)
     if carrier is not None:
         carrier = carrier.reshape(math.prod(lead_shape), carrier.shape[-1])
