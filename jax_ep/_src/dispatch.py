@@ -67,7 +67,7 @@ def dispatch(
         The default holds the worst case, R*T*K rows ("rank": R*T), and the experts run over all of them: pass what the
         routing needs, say 1.25 times T*K.
       expert_alignment: group sizes of "expert" are rounded up to multiples of it (for grouped matrix products).
-      expert_capacity: rows an expert of "batched"; default R*T.
+      expert_capacity: rows an expert of "batched"; default R*T, which holds every token that names its experts once.
       wire: what travels: None (x's dtype), "fp8" (e4m3, an f32 scale per 128 columns), "fp8_ue8m0" (power-of-two scales)
         or "mxfp8" (a power-of-two scale per 32). `Dispatched.x` is then `Quantized`; derivatives are straight-through,
         in x's dtype.
