@@ -72,10 +72,10 @@ def of_slowest_process(seconds: np.ndarray) -> np.ndarray:
 
 @functools.cache
 def origin() -> dict[str, Any]:
-    """Where and with what a row was measured."""
+    """Where and with what a row was measured; JAX_EP_COMMIT names the commit where there is no git."""
     return {
         "machine": machine(),
-        "commit": _git("rev-parse", "--short=12", "HEAD"),
+        "commit": os.environ.get("JAX_EP_COMMIT") or _git("rev-parse", "--short=12", "HEAD"),
         "dirty": bool(_git("status", "--porcelain", "--untracked-files=no")),
         "date": datetime.date.today().isoformat(),
         "versions": {name: importlib.metadata.version(name) for name in ("jax-ep", "jax", "jaxlib")},
