@@ -104,8 +104,16 @@ def _command() -> str:
     """What was typed; flags that make virtual devices belong to it."""
     flags = os.environ.get("XLA_FLAGS")
     module = sys.modules["__main__"].__spec__
-    program = ["python", "-m", module.name] if module else ["python", sys.argv[0]]
-    return " ".join([f"XLA_FLAGS={shlex.quote(flags)}"] * bool(flags) + [shlex.join([*program, *sys.argv[1:]])])
+    program = ["python", "-m", module.name] if module else ["python", Path(sys.argv[0]).name]
+    return " ".join(
+        [f"XLA_FLAGS={shlex.quote(flags)}"] * bool(flags)
+        + [shlex.join([*program, *map(_without_folder, sys.argv[1:])])]
+    )
+
+
+def _without_folder(argument: str) -> str:
+    """Where a result was written is of no interest to others."""
+    return Path(argument).name if argument.startswith("/") else argument
 
 
 def _git(*args: str) -> str | None:

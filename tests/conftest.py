@@ -75,7 +75,7 @@ def pytest_terminal_summary(terminalreporter, exitstatus, config):
     commit = os.environ.get("JAX_EP_COMMIT") or subprocess.run(git, capture_output=True, text=True).stdout.strip()
     devices = jax.devices()
     record = {
-        "command": " ".join(["pytest", *config.invocation_params.args]),
+        "command": " ".join(["pytest", *config.invocation_params.args]).replace(path, Path(path).name),
         "commit": commit,
         "date": time.strftime("%Y-%m-%d", time.gmtime()),
         "machine": f"{len(devices)} x {devices[0].device_kind}",
