@@ -1,6 +1,6 @@
 """Trains a byte-level Mixture-of-Experts language model, expert-parallel over all devices.
 
-    python examples/train_moe_lm.py            # all GPUs; without one, 8 virtual CPU devices, two to three minutes
+    python examples/train_moe_lm.py            # all GPUs; without one, 8 virtual CPU devices, two minutes
     python examples/train_moe_lm.py --check    # one step against a dense model on one device: loss, every gradient
 
 The parts are in moe_lm/: data.py (text), model.py (the model; jax_ep is used there), training.py, measure.py,
