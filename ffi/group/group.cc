@@ -17,7 +17,7 @@ struct Registry {
   std::mutex mutex;
   std::vector<std::unique_ptr<Group>> groups;
   std::map<std::vector<int>, int64_t> by_devices;
-  uint64_t timeout_ns = 60'000'000'000;
+  uint64_t timeout_ns = 60'000'000'000;  // until jax_ep.config says another
 };
 
 Registry& TheRegistry() {
@@ -91,6 +91,7 @@ Group::Group(int64_t id, const std::vector<int>& devices) : id_(id), ranks_(devi
     Check("cudaHostAlloc", cudaHostAlloc(reinterpret_cast<void**>(&rank.status), sizeof(Status),
                                          cudaHostAllocMapped | cudaHostAllocPortable));
     *rank.status = Status{};
+    Check("cudaStreamCreate", cudaStreamCreateWithFlags(&rank.aside, cudaStreamNonBlocking));
     // A kernel first loaded while a peer's kernel waits for it would never run.
     Check("loading dispatch", LoadDispatch());
     Check("loading combine", LoadCombine());
@@ -133,20 +134,17 @@ void Group::SetTimeout(double seconds) {
   Registry& registry = TheRegistry();
   std::lock_guard<std::mutex> lock(registry.mutex);
   registry.timeout_ns = static_cast<uint64_t>(seconds * 1e9);
+  if (registry.groups.empty()) return;  // on a machine without CUDA too
   DeviceGuard guard;
   for (const auto& group : registry.groups) group->SetViewTimeout(registry.timeout_ns);
 }
 
-// A stream of its own: the default one could wait for a kernel that waits for a peer.
 void Group::SetViewTimeout(uint64_t timeout_ns) {
   for (const Rank& rank : ranks_) {
-    cudaStream_t stream;
     Check("cudaSetDevice", cudaSetDevice(rank.device));
-    Check("cudaStreamCreate", cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking));
     Check("cudaMemcpy",
-          cudaMemcpyAsync(&rank.view->timeout_ns, &timeout_ns, sizeof timeout_ns, cudaMemcpyHostToDevice, stream));
-    Check("cudaStreamSynchronize", cudaStreamSynchronize(stream));
-    cudaStreamDestroy(stream);
+          cudaMemcpyAsync(&rank.view->timeout_ns, &timeout_ns, sizeof timeout_ns, cudaMemcpyHostToDevice, rank.aside));
+    Check("cudaStreamSynchronize", cudaStreamSynchronize(rank.aside));
   }
 }
 

@@ -13,7 +13,6 @@ import jax
 import numpy as np
 
 from jax_ep._src import targets
-from jax_ep._src.config import config
 
 Ordinals = tuple[tuple[int, ...], ...]
 
@@ -28,11 +27,11 @@ def along(axis_context: Any, axis_name: tuple[str, ...]) -> Ordinals | None:
         return None
     devices = np.moveaxis(mesh.devices, [mesh.axis_names.index(name) for name in axis_name], range(len(axis_name)))
     num_ranks = int(np.prod(devices.shape[: len(axis_name)]))
-    return _of_devices(tuple(map(tuple, devices.reshape(num_ranks, -1).T)), config.timeout)
+    return _of_devices(tuple(map(tuple, devices.reshape(num_ranks, -1).T)))
 
 
 @functools.lru_cache(maxsize=256)
-def _of_devices(groups: tuple[tuple[Any, ...], ...], timeout: float) -> Ordinals | None:
+def _of_devices(groups: tuple[tuple[Any, ...], ...]) -> Ordinals | None:
     devices = [device for group in groups for device in group]
     if any(device.platform != "gpu" or device.process_index != jax.process_index() for device in devices):
         return None
@@ -41,7 +40,6 @@ def _of_devices(groups: tuple[tuple[Any, ...], ...], timeout: float) -> Ordinals
         return None
     if not all(targets.have_peer_access(list(group)) for group in ordinals):
         return None
-    targets.set_timeout(timeout)
     for group in ordinals:
         targets.make_group(list(group))
     return ordinals
