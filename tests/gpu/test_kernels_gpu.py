@@ -1,8 +1,4 @@
-"""The kernels behind the primitives on this machine's GPUs: that they are used, agree with the reference, and report a missing rank."""
-
-import os
-import subprocess
-import sys
+"""The kernels behind the primitives on this machine's GPUs: that they are used, and give the same bits again and again."""
 
 import jax
 import jax.numpy as jnp
@@ -13,37 +9,6 @@ from jax.sharding import PartitionSpec as P
 import jax_ep
 
 pytestmark = pytest.mark.gpu
-
-MISSING_RANK = """
-import jax, jax.numpy as jnp, numpy as np, jax_ep
-from jax.sharding import PartitionSpec as P
-jax_ep.config.timeout = 0.5
-mesh = jax.make_mesh((len(jax.devices()),), ("e",), axis_types=(jax.sharding.AxisType.Auto,))
-n = mesh.size
-x = jnp.ones((16 * n, 64), jnp.bfloat16)
-idx = jnp.tile(jnp.arange(n, dtype=jnp.int32), (16 * n, 1))
-
-def call(x, idx):
-    recv, handle = jax_ep.dispatch(x, idx, axis_name="e", num_experts=n)
-    return jax_ep.combine(recv.x, handle)
-
-def all_but_rank_1(x, idx):
-    return jax.lax.cond(jax.lax.axis_index("e") == 1, lambda x, idx: x, call, x, idx)
-
-def run(f):
-    return np.asarray(jax.jit(jax.shard_map(f, mesh=mesh, in_specs=P("e"), out_specs=P("e"), check_vma=False))(x, idx))
-
-assert (run(call) == n).all()
-absent = run(all_but_rank_1)
-assert (absent[:16] == 0).all(), absent
-try:
-    run(call)
-except jax.errors.JaxRuntimeError as error:
-    print("RAISED", error)
-for _ in range(3):
-    assert (run(call) == n).all()
-print("RIGHT AGAIN")
-"""
 
 
 def shard_map(f):
@@ -84,14 +49,3 @@ def test_many_calls_in_flight_give_the_same_bits(layout):
     first = jax.tree.map(np.asarray, f(*operands()))
     for result in [f(*operands()) for _ in range(50)]:
         jax.tree.map(np.testing.assert_array_equal, first, jax.tree.map(np.asarray, result))
-
-
-@pytest.mark.skipif("len(jax.devices()) < 2")
-def test_a_rank_that_does_not_call_becomes_an_error_that_names_it_and_later_calls_are_right():
-    # This process holds most of the GPUs' memory already.
-    env = os.environ | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
-    result = subprocess.run(
-        [sys.executable, "-P", "-c", MISSING_RANK], capture_output=True, text=True, timeout=200, env=env, check=False
-    )
-    assert "waited for rank 1" in result.stdout, result.stdout + result.stderr
-    assert "RIGHT AGAIN" in result.stdout, result.stdout + result.stderr
