@@ -58,7 +58,7 @@ def main(argv: list[str] | None = None) -> int:
         topk=args.topk,
         capacity_factor=args.capacity_factor,
         wire=args.wire,
-        dtype="float32" if jax.default_backend() == "cpu" else "bfloat16",
+        dtype=args.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16"),
     )
     console = Console(quiet=jax.process_index() != 0)  # every process computes, one speaks
     console.print(f"[bold]{mesh.size} × {mesh.devices.flat[0].device_kind}[/], {config}")
@@ -90,6 +90,11 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         type=float,
         default=model.Config.capacity_factor,
         help="room on a device, 1 is its fair share",
+    )
+    parser.add_argument(
+        "--dtype",
+        choices=["bfloat16", "float32"],
+        help="of the activations: bfloat16 on GPUs, float32 on CPU if not given",
     )
     parser.add_argument("--wire", choices=["fp8", "fp8_ue8m0", "mxfp8"], help="what travels to the experts")
     parser.add_argument("--seed", type=int, default=0)
