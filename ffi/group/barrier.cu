@@ -21,8 +21,8 @@ __global__ void BarrierKernel(const GroupView* group, bool refused) {
   if (IsLastBlock(call)) EndCall(call);
 }
 
-// `failed_epoch` stays: it is of an earlier generation now. Epochs never go back: this launch may have been captured, and
-// then a graph repeats it with every replay.
+// `failed_epoch` stays: it is of an earlier generation now. Epochs never go back: this launch may have been captured,
+// and then a graph repeats it with every replay.
 __global__ void BeginGenerationKernel(const GroupView* group, uint64_t generation) {
   uint64_t& epoch = group->window[group->rank]->epoch;
   epoch = max(epoch, generation << kCountBits);

@@ -45,8 +45,8 @@ class Group {
     GroupView* view = nullptr;
     Status* status = nullptr;
     cudaStream_t aside = nullptr;  // for the host's writes while kernels wait: the default stream could wait for them
-    uint32_t heard = 0;       // failures of this rank that the host has heard of
-    uint64_t generation = 0;  // of this rank's calls
+    uint32_t heard = 0;            // failures of this rank that the host has heard of
+    uint64_t generation = 0;       // of this rank's calls
   };
 
   explicit Group(int64_t id, const std::vector<int>& devices);
