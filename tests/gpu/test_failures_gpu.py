@@ -7,9 +7,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import pytest
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif("len(jax.devices()) < 2", reason="needs two GPUs")]
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(len(jax.devices()) < 2, reason="needs two GPUs")]
 
 # scenario: the operation that waits, by whom and for whom, in which phase
 TOLD = {
