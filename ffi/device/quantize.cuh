@@ -233,23 +233,24 @@ template <Wire kWire, class T>
 class LaneEncoder {
  public:
   // hidden * sizeof(T) is a multiple of 16. Alignment: row 16 bytes, values 16 / sizeof(T), scales ScaleBytes.
-  __host__ __device__ LaneEncoder(const char* row, int hidden, char* values, char* scales, int lane)
-      : row_(row), values_(values), scales_(scales), hidden_(hidden), first_(lane * kLaneColumns) {
+  __host__ __device__ __forceinline__ LaneEncoder(const char* row, int hidden, char* values, char* scales, int lane,
+                                                  int step)
+      : row_(row), values_(values), scales_(scales), hidden_(hidden) {
+    first_ = step * kStepColumns + lane * kLaneColumns;
     // In this order no two lanes that shared memory serves together want the same bank, in Load or in Store.
-    swizzle_ = kVectors == 4 ? lane / 2 + lane / 8 : lane + lane / 8;
-    swizzle_ %= kVectors;
+    const int swizzle = (kVectors == 4 ? lane / 2 + lane / 8 : lane + lane / 8) % kVectors;
+#pragma unroll
+    for (int i = 0; i < kVectors; ++i) column_[i] = first_ + (i ^ swizzle) * kVectorColumns;
   }
 
-  // Takes the lane's columns of a step; columns past the end of the row count as zeros.
-  __host__ __device__ __forceinline__ void Load(int step) {
-    const int column = step * kStepColumns + first_, columns = hidden_ - column;
-    const char* const begin = row_ + static_cast<int64_t>(column) * sizeof(T);
+  // Takes the lane's columns of a step; columns past the end of the row count as zeros, kWhole says there are none.
+  template <bool kWhole>
+  __host__ __device__ __forceinline__ void Load() {
 #pragma unroll
     for (int i = 0; i < kVectors; ++i) {
-      const int vector = i ^ swizzle_;
       uint4 bits = make_uint4(0, 0, 0, 0);
-      if (columns >= kLaneColumns || vector * kVectorColumns < columns) {
-        bits = *reinterpret_cast<const uint4*>(begin + vector * 16);
+      if (kWhole || column_[i] < hidden_) {
+        bits = *reinterpret_cast<const uint4*>(row_ + column_[i] * static_cast<int>(sizeof(T)));
       }
       x_[i][0] = bits.x, x_[i][1] = bits.y, x_[i][2] = bits.z, x_[i][3] = bits.w;
     }
@@ -271,9 +272,9 @@ class LaneEncoder {
   }
 
   // Writes what was loaded as values, and the group's scale; `amax` is that of the whole group.
-  __host__ __device__ __forceinline__ void Store(int step, uint32_t amax) {
-    const int column = step * kStepColumns + first_, columns = hidden_ - column;
-    if (columns <= 0) return;
+  template <bool kWhole>
+  __host__ __device__ __forceinline__ void Store(uint32_t amax) {
+    if (!kWhole && first_ >= hidden_) return;
     const Scale scale = ScaleOf<kWire>(amax);
     uint32_t codes[kVectors][kPerWord];
 #pragma unroll
@@ -282,25 +283,30 @@ class LaneEncoder {
 #pragma unroll
       for (int i = 0; i < kVectors; ++i) EncodeNans<T>(x_[i], codes[i]);
     }
-    char* const begin = values_ + column;
 #pragma unroll
     for (int i = 0; i < kVectors; ++i) {
-      const int vector = i ^ swizzle_;
-      if (columns < kLaneColumns && vector * kVectorColumns >= columns) continue;
-      char* const place = begin + vector * kVectorColumns;
+      if (!kWhole && column_[i] >= hidden_) continue;
+      char* const place = values_ + column_[i];
       if constexpr (kPerWord == 2) {
         *reinterpret_cast<uint2*>(place) = make_uint2(codes[i][0], codes[i][1]);
       } else {
         *reinterpret_cast<uint32_t*>(place) = codes[i][0];
       }
     }
-    constexpr int kGroup = GroupColumns(kWire);
+    constexpr uint32_t kGroup = GroupColumns(kWire);
+    const uint32_t column = first_;
     if (column % kGroup != 0) return;
     if constexpr (kWire == Wire::kFp8) {
-      reinterpret_cast<uint32_t*>(scales_)[column / kGroup] = scale.stored;
+      *reinterpret_cast<uint32_t*>(scales_ + column / kGroup * 4) = scale.stored;
     } else {
-      reinterpret_cast<uint8_t*>(scales_)[column / kGroup] = static_cast<uint8_t>(scale.stored);
+      *reinterpret_cast<uint8_t*>(scales_ + column / kGroup) = static_cast<uint8_t>(scale.stored);
     }
+  }
+
+  __host__ __device__ __forceinline__ void Advance(int steps) {
+    first_ += steps * kStepColumns;
+#pragma unroll
+    for (int i = 0; i < kVectors; ++i) column_[i] += steps * kStepColumns;
   }
 
  private:
@@ -311,9 +317,21 @@ class LaneEncoder {
   const char* row_;
   char* values_;
   char* scales_;
-  int hidden_, first_, swizzle_;
+  int hidden_, first_;
+  int column_[kVectors];  // of the vector that x_[i] holds
   uint32_t x_[kVectors][4];
 };
+
+template <bool kWhole, Wire kWire, class T>
+__device__ __forceinline__ void EncodeStep(LaneEncoder<kWire, T>& lane) {
+  lane.template Load<kWhole>();
+  uint32_t amax = lane.Amax();
+#pragma unroll
+  for (int distance = GroupColumns(kWire) / kLaneColumns / 2; distance > 0; distance /= 2) {
+    amax = Greater(amax, __shfl_xor_sync(~0u, amax, distance));
+  }
+  lane.template Store<kWhole>(amax);
+}
 
 // Encodes T[hidden] at `row` into e4m3[hidden] at `values` and NumGroups scales at `scales`, all in shared memory.
 // Called by one whole warp; several warps may share a row, each with its own `part`. What it wrote is visible to other
@@ -324,15 +342,13 @@ __device__ __forceinline__ void EncodeRow(const char* row, int hidden, char* val
   __builtin_assume(__isShared(row));
   __builtin_assume(__isShared(values));
   __builtin_assume(__isShared(scales));
-  LaneEncoder<kWire, T> lane(row, hidden, values, scales, threadIdx.x % 32);
-  for (int step = part; step * kStepColumns < hidden; step += num_parts) {
-    lane.Load(step);
-    uint32_t amax = lane.Amax();
-    for (int distance = GroupColumns(kWire) / kLaneColumns / 2; distance > 0; distance /= 2) {
-      amax = Greater(amax, __shfl_xor_sync(~0u, amax, distance));
-    }
-    lane.Store(step, amax);
+  LaneEncoder<kWire, T> lane(row, hidden, values, scales, threadIdx.x % 32, part);
+  int step = part;
+  for (; (step + 1) * kStepColumns <= hidden; step += num_parts) {
+    EncodeStep<true>(lane);
+    lane.Advance(num_parts);
   }
+  if (step * kStepColumns < hidden) EncodeStep<false>(lane);
 }
 
 }  // namespace jax_ep
