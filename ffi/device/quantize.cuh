@@ -34,6 +34,7 @@ __host__ __device__ __forceinline__ uint32_t AsBits(float value) {
   return bits;
 }
 __host__ __device__ __forceinline__ uint32_t Greater(uint32_t a, uint32_t b) { return a > b ? a : b; }
+__host__ __device__ __forceinline__ uint32_t Lesser(uint32_t a, uint32_t b) { return a < b ? a : b; }
 
 // ---- a row's dtype: words of one f32 or two 16-bit numbers
 
@@ -60,6 +61,38 @@ struct Source<__nv_bfloat16> {
   static __host__ __device__ __forceinline__ void Unpack(uint32_t word, float* values) {
     values[0] = AsFloat(word << 16), values[1] = AsFloat(word & 0xFFFF0000);
   }
+
+  // The same of the smaller one, where neither is a NaN.
+  static constexpr uint32_t kLargest = 0x7F7F7F7F;
+  static __host__ __device__ __forceinline__ uint32_t Min(uint32_t a, uint32_t b) {
+#ifdef __CUDA_ARCH__
+    uint32_t min;
+    asm("min.xorsign.abs.bf16x2 %0, %1, %2;" : "=r"(min) : "r"(a), "r"(b));
+    return min;
+#else
+    return Lesser(a & 0x7FFF0000, b & 0x7FFF0000) | Lesser(a & 0x7FFF, b & 0x7FFF);
+#endif
+  }
+  static __host__ __device__ __forceinline__ uint32_t LesserMagnitude(uint32_t word) {
+    return Lesser(word & 0x7FFF0000, word << 16 & 0x7FFF0000);
+  }
+  // Two finite f32, given as bits, rounded to nearest even into a word.
+  static __host__ __device__ __forceinline__ uint32_t Round(const uint32_t (&bits)[2]) {
+#ifdef __CUDA_ARCH__
+    uint32_t word;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(AsFloat(bits[1])), "f"(AsFloat(bits[0])));
+    return word;
+#else
+    return (bits[0] + 0x7FFF + (bits[0] >> 16 & 1)) >> 16 | ((bits[1] + 0x7FFF + (bits[1] >> 16 & 1)) & 0xFFFF0000);
+#endif
+  }
+  // One number that is exact in the dtype, as f32 bits.
+  static __host__ __device__ __forceinline__ uint32_t Get(const __nv_bfloat16* x) {
+    return static_cast<uint32_t>(*reinterpret_cast<const uint16_t*>(x)) << 16;
+  }
+  static __host__ __device__ __forceinline__ void Set(__nv_bfloat16* x, uint32_t bits) {
+    *reinterpret_cast<uint16_t*>(x) = static_cast<uint16_t>(bits >> 16);
+  }
 };
 
 template <>
@@ -81,11 +114,37 @@ struct Source<__half> {
     values[0] = Float(word & 0xFFFF), values[1] = Float(word >> 16);
   }
 
+  static constexpr uint32_t kLargest = 0x7BFF7BFF;
+  static __host__ __device__ __forceinline__ uint32_t Min(uint32_t a, uint32_t b) {
+#ifdef __CUDA_ARCH__
+    uint32_t min;
+    asm("min.xorsign.abs.f16x2 %0, %1, %2;" : "=r"(min) : "r"(a), "r"(b));
+    return min;
+#else
+    return Source<__nv_bfloat16>::Min(a, b);
+#endif
+  }
+  static __host__ __device__ __forceinline__ uint32_t LesserMagnitude(uint32_t word) {
+    return AsBits(Float(Lesser(word & 0x7FFF, word >> 16 & 0x7FFF))) & 0x7FFFFFFF;
+  }
+  static __host__ __device__ __forceinline__ uint32_t Round(const uint32_t (&bits)[2]) {
+    return Half(bits[0]) | Half(bits[1]) << 16;
+  }
+  static __host__ __device__ __forceinline__ uint32_t Get(const __half* x) {
+    return AsBits(Float(*reinterpret_cast<const uint16_t*>(x)));
+  }
+  static __host__ __device__ __forceinline__ void Set(__half* x, uint32_t bits) {
+    *reinterpret_cast<uint16_t*>(x) = static_cast<uint16_t>(Half(bits));
+  }
+
  private:
   static __host__ __device__ __forceinline__ float Float(uint32_t half) {
     __half_raw raw;
     raw.x = static_cast<unsigned short>(half);
     return __half2float(__half(raw));
+  }
+  static __host__ __device__ __forceinline__ uint32_t Half(uint32_t bits) {
+    return static_cast<__half_raw>(__float2half_rn(AsFloat(bits))).x;
   }
 };
 
@@ -106,6 +165,15 @@ struct Source<float> {
   }
   static __host__ __device__ __forceinline__ uint32_t Magnitude(uint32_t word) { return word & 0x7FFFFFFF; }
   static __host__ __device__ __forceinline__ void Unpack(uint32_t word, float* values) { values[0] = AsFloat(word); }
+
+  static constexpr uint32_t kLargest = 0x7F7FFFFF;
+  static __host__ __device__ __forceinline__ uint32_t Min(uint32_t a, uint32_t b) {
+    return Lesser(a & 0x7FFFFFFF, b & 0x7FFFFFFF);
+  }
+  static __host__ __device__ __forceinline__ uint32_t LesserMagnitude(uint32_t word) { return word; }
+  static __host__ __device__ __forceinline__ uint32_t Round(const uint32_t (&bits)[1]) { return bits[0]; }
+  static __host__ __device__ __forceinline__ uint32_t Get(const float* x) { return AsBits(*x); }
+  static __host__ __device__ __forceinline__ void Set(float* x, uint32_t bits) { *x = AsFloat(bits); }
 };
 
 // ---- arithmetic of one group
