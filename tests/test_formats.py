@@ -101,7 +101,7 @@ def test_rows_of_every_width_have_the_references_bits(program, place, tmp_path, 
         x[2, hidden // 2 :] = 0.0
         x[3, -1] = np.nan
         x[4, 0] = -np.inf
-        arrays += [x.astype(dtype), (rng.standard_normal((4, hidden)) * 0.1).astype(dtype)]
+        arrays.append(np.concatenate([x, rng.standard_normal((4, hidden)) * 0.1]).astype(dtype))
     check(program, place, tmp_path, format, *arrays)
 
 

@@ -92,7 +92,7 @@ __host__ __device__ __forceinline__ LogScale LogScaleOf(const LogTable& table, i
   return {lmin, lmax - lmin};
 }
 
-// code = max(0, 510 (log - lmin) + bias) / range as one product: (max(log, least) * factor + offset) >> shift.
+// code = max(0, 510 (log - lmin) + bias) / range as one product: (max(log - least, 0) * factor + offset) >> shift.
 // With b bits in range - 1 and shift >= 2 b + 1 the rounding of factor and offset stays below the 1 / range by which a
 // quotient that is no integer falls short of the next one.
 struct CodeRule {
@@ -132,8 +132,7 @@ __host__ __device__ __forceinline__ CodeRule CodeRuleOf(const LogScale& scale) {
   rule.factor = CodeFactor(scale.range, shift);
   rule.shift = shift;
   // rest / 510 of a factor, rounded up: 16449 is 2**23 / 510 rounded up.
-  rule.offset = (static_cast<uint64_t>(rule.factor) * (rest * 16449) >> 23) + 1 -
-                static_cast<uint64_t>(rule.factor) * static_cast<uint32_t>(rule.least);
+  rule.offset = (static_cast<uint64_t>(rule.factor) * (rest * 16449) >> 23) + 1;
   return rule;
 }
 
@@ -199,7 +198,7 @@ struct LogfmtLane {
       } else {
         log = Log2(table, copy, magnitude);
       }
-      const uint32_t far = log > rule.least ? log : rule.least;
+      const uint32_t far = log > rule.least ? log - rule.least : 0;
       uint32_t code = static_cast<uint32_t>((static_cast<uint64_t>(far) * rule.factor + rule.offset) >> rule.shift);
       if (magnitude < kF32MinNormal) code = 0;
       code |= bits >> 22 & 0x200;

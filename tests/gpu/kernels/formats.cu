@@ -308,7 +308,7 @@ void CheckRange(int range) {
     for (int64_t distance = first - 2; distance <= first + 2; ++distance) {
       if (distance > range || (distance < 0 && range < kWidest)) continue;  // only then is lmin not the least
       const int64_t log = scale.lmin + distance, numerator = 510 * distance + bias;
-      const uint64_t far = log > rule.least ? log : rule.least;
+      const uint64_t far = log > rule.least ? log - rule.least : 0;
       const int64_t got = static_cast<int64_t>(static_cast<uint32_t>((far * rule.factor + rule.offset) >> rule.shift));
       wrong = wrong || got != (numerator < 0 ? 0 : numerator / range);
     }
@@ -316,7 +316,7 @@ void CheckRange(int range) {
     const uint64_t log = (16ull * code * value.step + value.start) >> 23;
     wrong = wrong || log != static_cast<uint64_t>(scale.lmin + ((code - 1) * range + 255) / 510);
   }
-  if (wrong) std::printf("range %d: codes or values are rounded wrongly\n", range), ++g_wrong;
+  if (wrong && ++g_wrong <= 5) std::printf("range %d: codes or values are rounded wrongly\n", range);
 }
 
 Bytes Read(std::ifstream& file, int64_t count) {
