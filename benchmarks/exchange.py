@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -28,7 +27,6 @@ from benchmarks.baselines import BASELINES
 
 LAYOUTS = ("expert", "rank", "batched")
 OPERATIONS = ("dispatch", "dispatch_cached", "combine", "combine_weighted", "pair")
-HEADROOM = 1.25
 
 Row = dict[str, Any]
 Program = tuple[str, Callable[..., Any], tuple[Any, ...]]  # operation, function of global arrays, arguments
@@ -55,13 +53,11 @@ class Setting:
             case = dataclasses.replace(case, num_ranks=ranks, axes=())
         names, sizes = zip(*case.mesh_axes, strict=True)
         mesh = jax.sharding.Mesh(np.array(jax.devices()[:ranks]).reshape(sizes), names)
-        scores = np.random.default_rng(seed).random((ranks, case.num_tokens, case.num_experts), np.float32)
-        topk_idx = np.argsort(scores, axis=-1)[..., : case.num_topk].astype(np.int32)
-        return cls(case, mesh, topk_idx)
+        return cls(case, mesh, traffic.draw_routing(case, "uniform", seed))
 
     def in_layout(self, layout: str) -> Setting:
         """The same with another layout and rows enough for it."""
-        capacity = capacities(dataclasses.replace(self.case, layout=layout), self.topk_idx)
+        capacity = traffic.capacities(dataclasses.replace(self.case, layout=layout), self.topk_idx)
         return dataclasses.replace(self, case=dataclasses.replace(self.case, layout=layout, **capacity))
 
     def on_every_rank(self, f: Callable[..., Any]) -> Callable[..., Any]:
@@ -77,23 +73,6 @@ class Setting:
         x = make(jax.random.key(0), (len(idx), self.case.hidden), jnp.dtype(self.case.dtype))
         weights = make(jax.random.key(1), idx.shape, jnp.dtype("float32"))
         return x, jax.make_array_from_callback(idx.shape, sharding, lambda index: idx[index]), weights
-
-
-def capacities(case: Case, topk_idx: np.ndarray) -> dict[str, int | None]:
-    """max_recv_tokens and expert_capacity that drop nothing."""
-    per_expert = np.bincount(topk_idx.reshape(-1), minlength=case.num_experts)
-    if case.layout == "batched":
-        load = per_expert
-    elif case.layout == "expert":
-        aligned = -(-per_expert // case.expert_alignment) * case.expert_alignment
-        load = aligned.reshape(case.num_ranks, -1).sum(axis=1)
-    else:
-        owner = (topk_idx // case.num_local_experts).reshape(-1, case.num_topk)
-        load = np.array([(owner == rank).any(axis=1).sum() for rank in range(case.num_ranks)])
-    enough = max(int(load.max(initial=0)), math.ceil(HEADROOM * load.mean()))
-    if case.layout == "batched":
-        return {"max_recv_tokens": None, "expert_capacity": enough}
-    return {"max_recv_tokens": enough, "expert_capacity": None}
 
 
 def programs(
@@ -187,10 +166,12 @@ def row(
     return {
         "case": case.name,
         "operation": operation,
+        "level": "program",
         "by": by,
         "layout": case.layout if ours else None,
         "wire": wire,
         "mode": None,
+        "routing": "uniform",
         "dtype": case.dtype,
         "tokens": case.num_tokens,
         "hidden": case.hidden,
@@ -198,7 +179,9 @@ def row(
         "experts": case.num_experts,
         "ranks": case.num_ranks,
         "processes": jax.process_count(),
+        "gpus": None if jax.devices()[0].platform == "cpu" else case.num_ranks,
         "sms": None,
+        "graph": False,
         "us": timed.median,
         "p10_us": timed.p10,
         "p90_us": timed.p90,
@@ -209,6 +192,7 @@ def row(
         "ceiling": f"{ceiling.name}, {ceiling.bytes_per_second / 1e9:.1f} GB/s",
         "ceiling_us": round(ceiling_us, 3) if ceiling_us else None,
         "ratio": round(timed.median / ceiling_us, 2) if ceiling_us else None,
+        "error": None,
         **more,
         **timing.origin(),
     }

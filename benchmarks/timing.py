@@ -71,14 +71,14 @@ def of_slowest_process(seconds: np.ndarray) -> np.ndarray:
 
 
 @functools.cache
-def origin() -> dict[str, Any]:
-    """Where and with what a row was measured; JAX_EP_COMMIT names the commit where there is no git."""
+def origin(on: str | None = None) -> dict[str, Any]:
+    """Where (or `on` the machine that is named) and with what a row was measured; JAX_EP_COMMIT names the commit where there is no git."""
     return {
-        "machine": machine(),
+        "machine": on or machine(),
         "commit": os.environ.get("JAX_EP_COMMIT") or _git("rev-parse", "--short=12", "HEAD"),
         "dirty": bool(_git("status", "--porcelain", "--untracked-files=no")),
         "date": datetime.date.today().isoformat(),
-        "versions": {name: importlib.metadata.version(name) for name in ("jax-ep", "jax", "jaxlib")},
+        "versions": {name: _version(name) for name in ("jax-ep", "jax", "jaxlib")},
         "command": _command(),
     }
 
@@ -98,6 +98,13 @@ def write(path: str | Path, rows: Sequence[dict[str, Any]]) -> None:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("[\n" + ",\n".join(json.dumps(row) for row in rows) + "\n]\n")
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def _command() -> str:

@@ -1,4 +1,4 @@
-"""The speed of light of an exchange: the bytes that must cross the link, over a ceiling measured in the same run.
+"""Routings, and the speed of light of their exchange: the bytes that must cross the link, over a ceiling measured in the same run.
 
     dispatch   one row a (token, rank) that holds one of its experts: sum over tokens, ranks r != own, of bytes(x row)
     combine    one row back for each of them:                                                             bytes(y row)
@@ -22,7 +22,44 @@ from jax import lax
 
 from benchmarks import timing
 
+HEADROOM = 1.25  # rows that there are room for, of those expected
+ROUTINGS = ("uniform", "skewed")
+SKEW = 0.5  # exponent of Zipf's law over the experts
+
 SCALE_BYTES = {"fp8": (128, 4), "fp8_ue8m0": (128, 1), "mxfp8": (32, 1)}  # columns a scale, bytes a scale
+
+
+def draw_routing(case: Case, routing: str, seed: int) -> np.ndarray:
+    """s32[R, T, K], distinct experts a token, at random; "skewed": the i-th most wanted expert is wanted as i ** -SKEW."""
+    random = np.random.default_rng(seed)
+    scores = random.random((case.num_ranks, case.num_tokens, case.num_experts), np.float32)
+    if (
+        routing == "skewed"
+    ):  # exponential variates over their rates: the smallest are a draw by weight without replacement
+        rates = random.permutation(np.arange(1, case.num_experts + 1, dtype=np.float32) ** -SKEW)
+        scores = -np.log1p(-scores) / rates
+    if case.num_topk < case.num_experts:
+        scores = np.argpartition(scores, case.num_topk, axis=-1)[..., : case.num_topk]
+    else:
+        scores = np.argsort(scores, axis=-1)
+    return random.permuted(scores, axis=-1).astype(np.int32)
+
+
+def capacities(case: Case, topk_idx: np.ndarray) -> dict[str, int | None]:
+    """max_recv_tokens and expert_capacity that drop nothing."""
+    per_expert = np.bincount(topk_idx.reshape(-1), minlength=case.num_experts)
+    if case.layout == "batched":
+        load = per_expert
+    elif case.layout == "expert":
+        aligned = -(-per_expert // case.expert_alignment) * case.expert_alignment
+        load = aligned.reshape(case.num_ranks, -1).sum(axis=1)
+    else:
+        owner = (topk_idx // case.num_local_experts).reshape(-1, case.num_topk)
+        load = np.array([(owner == rank).any(axis=1).sum() for rank in range(case.num_ranks)])
+    enough = max(int(load.max(initial=0)), math.ceil(HEADROOM * load.mean()))
+    if case.layout == "batched":
+        return {"max_recv_tokens": None, "expert_capacity": enough}
+    return {"max_recv_tokens": enough, "expert_capacity": None}
 
 
 def row_bytes(case: Case, wire: str | None) -> int:

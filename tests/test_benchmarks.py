@@ -116,3 +116,109 @@ def test_recorded_results_fit_the_schema(capsys):
     for row in rows:
         assert tuple(row) == module("summary").KEYS
         assert row["commit"] and row["date"] and row["machine"]
+
+
+# ---- kernels.py: the sweep, with a stand-in for the program that times kernels on GPUs ---------------------------------
+
+STAND_IN = """
+import json, os, sys, time
+print(json.dumps({"gpus": ["GPU"] * 2, "multiprocessors": 132, "driver": 1, "runtime": 1}), flush=True)
+for line in sys.stdin:
+    operations, layout, ranks, tokens, topk, *_, routing = line.split()
+    assert os.path.getsize(routing) == 4 * int(ranks) * int(tokens) * int(topk)
+    if tokens == "1":
+        print("kernels.cu:1 cudaMalloc: out of memory", flush=True)
+        os._exit(2)
+    if tokens == "8":
+        print(json.dumps({"failed": "rank 0 waited for rank 1"}), flush=True)
+    elif tokens == "32":
+        time.sleep(60)
+    else:
+        print(json.dumps({name: [30.0, 10.0, 20.0] for name in operations.split(",")}), flush=True)
+"""
+
+
+@pytest.fixture
+def stand_in(tmp_path):
+    path = tmp_path / "stand_in.py"
+    path.write_text(STAND_IN)
+    return ["--program", sys.executable, str(path), "--no-ceiling"]
+
+
+def sweep(tmp_path, *options):
+    out = tmp_path / "kernels.json"
+    assert module("kernels").main(["--out", str(out), "--layouts", "rank", *options]) == 0
+    return json.loads(out.read_text())
+
+
+def test_a_sweep_records_what_fails_and_goes_on(tmp_path, stand_in):
+    options = ["--axes", "tokens", "--bases", "64", "--tokens", "1", "8", "32", "128", "--case-timeout", "3"]
+    rows = sweep(tmp_path, *options, "--operations", "dispatch", "combine_weighted", *stand_in)
+    assert {row["tokens"]: row["error"] for row in rows} == {
+        64: None,
+        1: "failed: kernels.cu:1 cudaMalloc: out of memory; ended with status 2",
+        8: "failed: rank 0 waited for rank 1",
+        32: "failed: no answer in time",
+        128: None,
+    }
+    assert {row["tokens"]: row["us"] for row in rows} == {64: 20.0, 1: None, 8: None, 32: None, 128: 20.0}
+    assert {row["operation"] for row in rows} == {"dispatch"}  # rows of "rank" have no gates
+    for row in rows:
+        assert set(module("summary").KEYS) <= set(row)
+
+
+def test_a_sweep_ends_when_its_time_is_over(tmp_path, stand_in):
+    rows = sweep(tmp_path, "--quick", "--budget-s", "-1", *stand_in)
+    assert len(rows) > 10 and {row["error"] for row in rows} == {"skipped: --budget-s -1 is over"}
+
+
+def test_a_sweep_skips_what_the_machine_cannot_hold(tmp_path, stand_in):
+    rows = sweep(tmp_path, "--axes", "sms", "--bases", "64", "--ranks", "4", "3", "--sms", "64", "67", *stand_in)
+    assert {(row["ranks"], row["sms"]): row["error"] for row in rows} == {
+        **{(4, sms): None for sms in (24, 64)},
+        (4, 67): "skipped: 2 x 67 SMs of a GPU that has 132",
+        **{(3, sms): "skipped: 256 experts on 3 ranks" for sms in (24, 64, 67)},
+    }
+    assert {row["gpus"] for row in rows} == {2}
+
+
+def test_the_quick_sweep_is_short_and_the_whole_one_has_every_axis():
+    kernels = module("kernels")
+    quick, whole = (kernels.plan(kernels.parse(["--out", "x", *more]), 4) for more in (["--quick"], []))
+    assert len(quick) <= 40 and len(set(whole)) == len(whole)
+    assert {point.sms for point in whole} == {4, 8, 12, 16, 20, 24, 32, 64}
+    assert {point.tokens for point in whole} >= {1, 128, 4096, 8192} and len({point.model for point in whole}) == 5
+    assert {(point.wire, point.routing) for point in whole} >= {("fp8", "uniform"), (None, "skewed")}
+
+
+def test_ranks_that_share_a_gpu_cross_no_link_to_each_other():
+    kernels, traffic = module("kernels"), module("traffic")
+    machine = kernels.Machine(("GPU", "GPU"), 132)
+    point = kernels.Point(4, "rank", 16, model="mixtral-8x7b")
+    topk_idx = np.tile(np.array([0, 4], np.int32), (4, 16, 1))  # ranks 0 and 2, both on the first GPU
+    np.testing.assert_array_equal(machine.crossing(point, topk_idx), [[0, 0], [64, 0]])
+    ceiling = kernels.ceiling_of(point, {(24, 8192): 100.0, (24, 4096): 50.0, (12, 8192): 10.0}, 8200)
+    assert (ceiling.bytes_per_second, ceiling.shared) == (100e9, False)
+    assert kernels.ceiling_of(point, {}, 8192) is None
+    assert traffic.row_bytes(point.case, "fp8") == sum(
+        kernels.Point(4, "rank", 1, "mixtral-8x7b", wire="fp8").row_bytes
+    )
+
+
+def test_the_kernels_that_stand_without_xla_are_found():
+    native = module("native")
+    sources = {path.relative_to(ROOT).as_posix() for path in native.kernel_sources()}
+    assert {"ffi/dispatch/dispatch.cu", "ffi/combine/combine.cu", "ffi/group/group.cc"} <= sources
+    assert not any(path.endswith(("_ffi.cc", "module.cc", "member.cc")) for path in sources)
+
+
+@pytest.mark.parametrize("name", ["uniform", "skewed"])
+def test_routings_name_distinct_experts_and_skewed_ones_prefer_some(name):
+    case = Case(name, 2000, 16, 4, 32, 2)
+    idx = module("traffic").draw_routing(case, name, seed=5)
+    assert idx.shape == (2, 2000, 4) and idx.dtype == np.int32 and idx.min() == 0 and idx.max() == 31
+    assert (np.diff(np.sort(idx, axis=-1), axis=-1) > 0).all()
+    load = np.sort(np.bincount(idx.reshape(-1), minlength=32)) / idx.size * 32
+    # Weights of Zipf's law with exponent 1/2: the most wanted of 32 has 3.2 times the mean, less what a token cannot choose twice.
+    assert (load[-1] < 1.2) if name == "uniform" else (2.3 < load[-1] < 3.2 and load[0] < 0.7)
+    assert (module("traffic").draw_routing(case, name, seed=5) == idx).all()
