@@ -10,9 +10,12 @@ from __future__ import annotations
 
 import concurrent.futures
 import dataclasses
+import functools
 import math
 import os
+import subprocess
 import time
+import warnings
 
 import jax
 import jax.numpy as jnp
@@ -20,8 +23,9 @@ import numpy as np
 from cases import Case
 from jax import lax
 
-from benchmarks import timing
+from benchmarks import native, timing
 
+MULTIPROCESSORS = 64  # of a ceiling without a bound: more push no faster
 HEADROOM = 1.25  # rows that there are room for, of those expected
 ROUTINGS = ("uniform", "skewed")
 SKEW = 0.5  # exponent of Zipf's law over the experts
@@ -92,13 +96,29 @@ class Ceiling:
         return float(crossing_bytes.sum() if self.shared else busiest_link) / self.bytes_per_second * 1e6
 
 
-def measure_ceiling(mesh: jax.sharding.Mesh) -> Ceiling:
-    """CPU: memcpy on all cores at once. Else: a collective permute of 256 MiB from each rank to the next."""
+def measure_ceiling(mesh: jax.sharding.Mesh, num_bytes: int, sms: int | None = None) -> Ceiling:
+    """CPU: memcpy on all cores at once. GPUs: what `sms` multiprocessors push to all peers in rows of num_bytes (p2p_ceiling.cu),
+    or where it cannot be built or run, a collective permute.
+    """
     if mesh.devices.flat[0].platform == "cpu":
         return Ceiling("memcpy", memcpy_bytes_per_second(), shared=True)
-    return Ceiling("collective permute", permute_bytes_per_second(mesh), shared=False)
+    pushed = _push_ceiling(mesh.devices.size, sms or MULTIPROCESSORS, num_bytes // 16 * 16)
+    return pushed or Ceiling("collective permute", permute_bytes_per_second(mesh), shared=False)
 
 
+@functools.cache
+def _push_ceiling(gpus: int, sms: int, num_bytes: int) -> Ceiling | None:
+    if jax.process_count() > 1 or gpus < 2:  # every process would measure at once
+        return None
+    try:
+        (gigabytes,) = native.push_ceiling(gpus, (sms,), (num_bytes,)).values()
+    except (FileNotFoundError, RuntimeError, subprocess.SubprocessError) as error:
+        warnings.warn(f"benchmarks: the push ceiling is not to be had: {error}", stacklevel=2)
+        return None
+    return Ceiling(f"push, {sms} SMs, rows of {num_bytes} bytes", gigabytes * 1e9, shared=False)
+
+
+@functools.cache
 def memcpy_bytes_per_second(num_bytes: int = 1 << 28, repeats: int = 5) -> float:
     """Bytes copied a second, the best of several times; each core copies a part that is larger than its caches."""
     cores = len(os.sched_getaffinity(0))
@@ -112,6 +132,7 @@ def memcpy_bytes_per_second(num_bytes: int = 1 << 28, repeats: int = 5) -> float
     return sum(target.nbytes for _, target in parts) / min(seconds)
 
 
+@functools.cache
 def permute_bytes_per_second(mesh: jax.sharding.Mesh, num_bytes: int = 1 << 28) -> float:
     """Bytes a second that every rank sends to the next, all at once."""
     (axis,), num_ranks = mesh.axis_names, mesh.devices.size

@@ -5,6 +5,7 @@ import json
 import sys
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -30,46 +31,110 @@ def read_summary(capsys, *paths):
 
 
 def measure(out, *options):
-    arguments = ["--cases", "expert", "--samples", "2", "--out", str(out), *options]
+    arguments = ["--cases", "expert", "--samples", "2", "--wires", "none", "--out", str(out), *options]
     assert module("exchange").main(arguments) == 0
 
 
 def test_measured_rows_reach_the_summary_and_the_table(tmp_path, capsys):
-    measure(
-        tmp_path / "tiny.json", "--layouts", "expert", "rank", "--operations", "dispatch", "combine_weighted", "pair"
-    )
+    operations = ("dispatch", "combine_weighted", "pair")
+    measure(tmp_path / "tiny.json", "--layouts", "expert", "rank", "--operations", *operations)
     assert "speed of light" in capsys.readouterr().out
     rows = read_summary(capsys, tmp_path / "tiny.json")
     measured = {(row["operation"], row["by"], row["layout"]) for row in rows}
     assert measured == {
-        *((operation, "jax_ep", "expert") for operation in ("dispatch", "combine_weighted", "pair")),
+        *((operation, "jax_ep", "expert") for operation in operations),
         *((operation, "jax_ep", "rank") for operation in ("dispatch", "pair")),
-        *(
-            (operation, by, None)
-            for operation in ("dispatch", "pair")
-            for by in ("all_gather+psum_scatter", "all_to_all")
-        ),
+        ("pair", "all_gather+psum_scatter", None),
+        *((operation, "all_to_all", None) for operation in ("dispatch", "pair")),
     }
     for row in rows:
         assert row["us"] > 0 and row["ratio"] == pytest.approx(row["us"] / row["ceiling_us"], abs=0.01, rel=0.1)
         assert (row["tokens"], row["hidden"], row["ranks"], row["processes"]) == (6, 16, 4, 1)
+        assert (row["level"], row["graph"], row["gpus"], row["error"]) == ("program", False, None, None)
 
 
 def test_a_wire_format_and_a_table_without_rich(tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "rich.console", None)
-    measure(tmp_path / "tiny.json", "--layouts", "expert", "--operations", "dispatch", "--wires", "fp8")
+    options = ["--layouts", "expert", "--operations", "dispatch", "--wires", "fp8", "--baselines", "--tokens", "3"]
+    measure(tmp_path / "tiny.json", *options)
     assert "dispatch   speed of light, fp8" in capsys.readouterr().out
-    assert {row["wire"] for row in read_summary(capsys, tmp_path / "tiny.json") if row["by"] == "jax_ep"} == {"fp8"}
+    (row,) = read_summary(capsys, tmp_path / "tiny.json")
+    assert (row["by"], row["wire"], row["tokens"], row["mode"]) == ("jax_ep", "fp8", 3, "reference")
 
 
-def test_baselines_bring_back_one_copy_for_each_rank_of_a_token():
-    setting = module("exchange").Setting.of(Case("by-hand", 5, 8, 2, 8, 4, dtype="float32"))
-    x, idx, _ = setting.inputs()
+def test_each_way_to_launch_is_a_process_whose_bad_end_is_recorded(tmp_path, monkeypatch):
+    exchange = module("exchange")
+    options = ["--cpu-devices", "4", "--layouts", "rank", "--operations", "pair", "--baselines", "--calls", "2"]
+    measure(tmp_path / "both.json", "--launch", "stream", "graph", *options)
+    rows = json.loads((tmp_path / "both.json").read_text())
+    assert [(row["graph"], row["level"], row["calls"], row["error"]) for row in rows] == [
+        (False, "jit", 2, None),
+        (True, "jit", 2, None),
+    ]
+    assert "--only" not in rows[0]["command"]
+    monkeypatch.setattr(exchange, "GRAPH_FLAGS", "--no_such_flag_of_xla")
+    measure(tmp_path / "bad.json", "--launch", "graph", *options)
+    (row,) = json.loads((tmp_path / "bad.json").read_text())
+    assert row["error"].startswith("failed: the process ended with status") and row["us"] is None and row["graph"]
+    assert set(module("summary").KEYS) <= set(row)
+
+
+@pytest.mark.parametrize("layout", ["expert", "rank"])
+def test_chained_calls_compute_what_single_ones_do(layout):
+    """A pair brings each row back times the sum of its gates ("rank": times its ranks), so a chain of two has the product."""
+    programs = module("programs")
+    setting = programs.Setting.of(Case("by-hand", 5, 8, 2, 8, 4, dtype="float32"), calls=2).in_layout(layout)
+    x, weights, _ = setting.inputs()
+    ((_, pairs, arguments),) = programs.jax_ep_programs(setting, ["pair"])
+    if layout == "expert":
+        factors = [np.asarray(weights).sum(axis=1)] * 2
+    else:
+        factors = [[len(set(choices // 2)) for choices in idx.reshape(-1, 2)] for idx in setting.topk_idx]
+    np.testing.assert_allclose(jax.jit(pairs)(*arguments), x * np.prod(factors, axis=0)[:, None], rtol=1e-5)
+    assert (setting.topk_idx[0] != setting.topk_idx[1]).any()
+
+
+def emulated_ragged_all_to_all(rows, onto, input_offsets, send_sizes, output_offsets, recv_sizes, *, axis_name):
+    """By all_gather: XLA:CPU has no ragged_all_to_all."""
+    me = jax.lax.axis_index(axis_name)
+    everyones = (jax.lax.all_gather(array, axis_name) for array in (rows, input_offsets, send_sizes, output_offsets))
+    for rows, starts, sizes, places in zip(*everyones, strict=True):
+        row = jnp.arange(len(onto)) - places[me]
+        onto = jnp.where(((row >= 0) & (row < sizes[me]))[:, None], rows[starts[me] + row], onto)
+    del recv_sizes
+    return onto
+
+
+def test_baselines_bring_back_their_copies_of_a_token():
+    baselines = module("baselines")
+    setting = module("programs").Setting.of(Case("by-hand", 5, 8, 2, 8, 4, dtype="float32")).in_layout("expert")
+    x, _, (idx,) = setting.inputs()
     num_owners = [len(set(choices // 2)) for choices in np.asarray(idx)]
-    for name, copies in (("all_gather+psum_scatter", 4), ("all_to_all", np.array(num_owners)[:, None])):
-        parts = module("baselines").BASELINES[name](setting.case)
-        back = setting.on_every_rank(lambda *args, parts=parts: parts["combine"](*parts["dispatch"](*args)))(x, idx)
-        np.testing.assert_allclose(back, x * jnp.asarray(copies, x.dtype), rtol=1e-6)
+    ragged = baselines.ragged_all_to_all(setting.case, emulated_ragged_all_to_all)
+    made = {name: make(setting.case) for name, make in baselines.BASELINES.items()} | {"ragged_all_to_all": ragged}
+    copies = {"all_gather+psum_scatter": 4, "all_to_all": np.array(num_owners)[:, None], "ragged_all_to_all": 2}
+    for name, parts in made.items():
+        back = jax.jit(setting.on_every_rank(lambda *args, parts=parts: parts.combine(*parts.dispatch(*args))))(x, idx)
+        np.testing.assert_allclose(back, x * jnp.asarray(copies[name], x.dtype), rtol=1e-6)
+
+    def in_expert_order(x, idx):
+        rows, state = ragged.dispatch(x, idx)
+        return rows, ragged.group_sizes(state)
+
+    rows, sizes = jax.jit(setting.on_every_rank(in_expert_order))(x, idx)
+    capacity = setting.case.max_recv_tokens
+    for expert in range(8):
+        group = np.asarray(rows)[expert // 2 * capacity :][int(sizes[expert - expert % 2 : expert].sum()) :][
+            : sizes[expert]
+        ]
+        np.testing.assert_array_equal(group, np.asarray(x)[(np.asarray(idx) == expert).any(axis=1)])
+
+
+def test_the_way_of_ragged_all_to_all_lowers_for_gpus():
+    programs = module("programs")
+    setting = programs.Setting.of(Case("by-hand", 5, 8, 2, 8, 4), calls=2).in_layout("expert")
+    for _, f, arguments in programs.baseline_programs(setting, "ragged_all_to_all", ("pair", "moe", "moe_gradient")):
+        assert "ragged_all_to_all" in jax.jit(f).trace(*arguments).lower(lowering_platforms=("cuda",)).as_text()
 
 
 def test_crossing_bytes_by_hand():
@@ -90,7 +155,7 @@ def test_crossing_bytes_by_hand():
 def test_benchmarks_drop_no_row(layout):
     import jax_ep
 
-    setting = module("exchange").Setting.of(Case("uneven", 3, 16, 2, 16, 4)).in_layout(layout)
+    setting = module("programs").Setting.of(Case("uneven", 3, 16, 2, 16, 4)).in_layout(layout)
     case = setting.case
 
     def dropped(x, idx):
@@ -98,12 +163,14 @@ def test_benchmarks_drop_no_row(layout):
         recv, _ = jax_ep.dispatch(x, idx, axis_name="expert", num_experts=16, layout=layout, **options)
         return recv.num_dropped
 
-    assert not setting.on_every_rank(dropped)(*setting.inputs()[:2]).any()
+    x, _, (idx,) = setting.inputs()
+    assert not jax.jit(setting.on_every_rank(dropped))(x, idx).any()
 
 
 def test_timing_says_what_a_call_takes():
     timing = module("timing")
-    assert timing.Timing.of([3e-6, 1e-6, 2e-6]) == timing.Timing(2.0, 1.2, 2.8, 3)
+    assert timing.Timing.of([3e-6, 1e-6, 2e-6]) == timing.Timing(2.0, 1.2, 2.8, 2.98, 3)
+    assert timing.Timing(8.0, 4.0, 12.0, 16.0, 9).over(4) == timing.Timing(2.0, 1.0, 3.0, 4.0, 9)
     f = timing.compiled(lambda x: x + 1, jnp.zeros(3))
     timed = timing.measure(f, jnp.zeros(3), samples=4, warmup=1, calls=2)
     assert 0 < timed.p10 <= timed.median <= timed.p90 and timed.samples == 4
