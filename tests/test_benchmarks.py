@@ -289,3 +289,50 @@ def test_routings_name_distinct_experts_and_skewed_ones_prefer_some(name):
     # Weights of Zipf's law with exponent 1/2: the most wanted of 32 has 3.2 times the mean, less what a token cannot choose twice.
     assert (load[-1] < 1.2) if name == "uniform" else (2.3 < load[-1] < 3.2 and load[0] < 0.7)
     assert (module("traffic").draw_routing(case, name, seed=5) == idx).all()
+
+
+# ---- tune.py: the table behind mode="auto" ---------------------------------------------------------------------------
+
+
+def test_the_crossover_loses_least_over_what_was_measured():
+    crossover = module("tune").crossover
+    assert crossover({1: (10, 30), 64: (20, 30), 256: (50, 40), 1024: (200, 90)}) == 64
+    assert crossover({1: (10, 9), 64: (20, 10)}) == 0
+    assert crossover({1: (10, 11), 64: (12, 20)}) == 64
+    assert crossover({1: (10.0, 9.9), 8: (10, 20), 64: (40, 30)}) == 8  # a hair's breadth at one token decides nothing
+
+
+def test_tuning_writes_entries_beside_those_of_other_machines(tmp_path):
+    table, rows = tmp_path / "tuning.json", tmp_path / "rows.json"
+    other = {"device": "other", "ranks": 2, "layout": "rank", "row_bytes": 32, "low_latency_up_to": 7}
+    table.write_text(json.dumps([other]))
+    sizes = [
+        "--tokens",
+        "2",
+        "3",
+        "--ranks",
+        "2",
+        "--hidden",
+        "16",
+        "--topk",
+        "2",
+        "--experts",
+        "4",
+        "--layouts",
+        "rank",
+    ]
+    options = ["--wires", "none", "--calls", "1", "--samples", "2", "--table", str(table), "--rows", str(rows)]
+    for device in ("this", "this", "that"):
+        assert module("tune").main([*sizes, *options, "--device", device]) == 0
+    kept, that, this = json.loads(table.read_text())
+    assert kept == other and (that["device"], this["device"]) == ("that", "this")
+    assert {name: this[name] for name in ("ranks", "layout", "row_bytes")} == {
+        "ranks": 2,
+        "layout": "rank",
+        "row_bytes": 32,
+    }
+    assert this["low_latency_up_to"] in (0, 2, 3) and set(this["us"]) == {"2", "3"}
+    measured = json.loads(rows.read_text())
+    assert [(row["tokens"], row["mode"]) for row in measured] == [
+        (tokens, mode) for tokens in (2, 3) for mode in ("low_latency", "high_throughput")
+    ]
