@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -336,3 +337,114 @@ def test_tuning_writes_entries_beside_those_of_other_machines(tmp_path):
     assert [(row["tokens"], row["mode"]) for row in measured] == [
         (tokens, mode) for tokens in (2, 3) for mode in ("low_latency", "high_throughput")
     ]
+
+
+# ---- model.py and plots.py -------------------------------------------------------------------------------------------
+
+
+def test_distinct_ranks_and_nodes_of_a_token_are_those_of_drawn_routings():
+    model, traffic = module("model"), module("traffic")
+    exchange = model.Exchange(tokens=4000, topk=4, experts=32, ranks=8, ranks_per_node=2)
+    idx = traffic.draw_routing(Case("", 4000, 16, 4, 32, 8), "uniform", seed=0)[0]
+    ranks = sum(((idx // 4) == rank).any(axis=1).sum() for rank in range(8))
+    nodes = sum(((idx // 8) == node).any(axis=1).sum() for node in range(4))
+    assert exchange.rows_of_ranks == pytest.approx(ranks, rel=0.02)
+    assert exchange.rows_of_nodes == pytest.approx(nodes, rel=0.02)
+    limited = model.Exchange(tokens=1, topk=8, experts=256, ranks=64, ranks_per_node=8, groups=4)
+    assert limited.rows_of_nodes < 4 < model.Exchange(1, 8, 256, 64, 8).rows_of_nodes
+
+
+def test_a_fit_finds_the_machine_that_made_the_rows():
+    model = module("model")
+    true = model.Machine(dispatch_latency=12, combine_latency=9, store=50, add=30, weigh=1.4, memory=3000, power=2.5)
+    rows = []
+    for tokens, sms in ((64, 24), (4096, 8), (4096, 24), (4096, 64), (1024, 132)):
+        for layout in ("rank", "expert"):
+            for operation in ("dispatch", "combine", "combine_weighted"):
+                row = {"level": "kernel", "error": None, "gpus": 4, "ranks": 4, "mode": "high_throughput", "case": "x"}
+                row |= {"tokens": tokens, "topk": 8, "experts": 256, "hidden": 7168, "dtype": "bfloat16", "wire": None}
+                row |= {"layout": layout, "operation": operation, "sms": sms, "ceiling_us": None, "routing": "uniform"}
+                row |= {"max_recv_tokens": 4 * tokens if layout == "rank" else 10 * tokens, "us": 1.0}
+                row["us"] = true.us(model.work_of(row, true), sms)
+                rows.append(row)
+    assert all(map(model.fits, rows)) and not model.fits(rows[0] | {"gpus": 1})
+    found = model.fit(rows)
+    for name in ("dispatch_latency", "combine_latency", "store", "add", "weigh"):
+        assert getattr(found, name) == pytest.approx(getattr(true, name), rel=0.05)
+    assert max(abs(model.error(row, found)) for row in rows) < 0.01
+    said = []
+    model.report(rows, said.append)
+    assert len(said) > len(rows) and "worst" in said[-1]
+
+
+def test_the_model_is_within_a_fifth_of_published_figures():
+    figures = module("model").published()
+    assert len(figures) == 24 and sum(figure.fitted for figure in figures) == 1
+    for figure in figures:
+        assert abs(figure.error) < 0.2, figure
+
+
+def test_more_nodes_take_longer_and_a_model_of_nothing_but_latency_is_its_latency():
+    model = module("model")
+    times = [model.across_nodes(nodes, 1024, model.Machine())[1] for nodes in (2, 4, 8, 16, 32, 64)]
+    assert times == sorted(times)
+    assert model.Machine().us(model.Work(link_us=0.0), sms=24) == model.Machine().dispatch_latency
+
+
+def synthetic_rows():
+    """Of every kind that a picture shows; numbers of no meaning."""
+    row = dict.fromkeys(module("summary").KEYS) | {
+        "machine": "2 x GPU",
+        "commit": "c",
+        "date": "2026-01-01",
+        "by": "jax_ep",
+    }
+    row |= {
+        "ranks": 2,
+        "gpus": 2,
+        "hidden": 7168,
+        "graph": False,
+        "routing": "uniform",
+        "case": "deepseek-v3",
+        "ratio": 2.0,
+    }
+    kernel = row | {"level": "kernel", "mode": "high_throughput", "ceiling_us": 5.0, "layout": "rank"}
+    jit = row | {"level": "jit", "operation": "pair", "layout": "expert", "sms": None}
+    return [
+        *(
+            kernel | {"operation": name, "tokens": 64, "sms": sms, "us": 10.0}
+            for name in ("dispatch", "combine")
+            for sms in (4, 8)
+        ),
+        *(kernel | {"operation": "dispatch", "tokens": tokens, "sms": 8, "us": 10.0} for tokens in (1, 128)),
+        *(jit | {"mode": m, "tokens": t, "us": 9.0} for m in ("low_latency", "high_throughput") for t in (1, 64)),
+        jit | {"by": "all_to_all", "tokens": 64, "us": 20.0, "layout": None},
+        kernel | {"operation": "dispatch", "tokens": 64, "sms": 16, "us": None, "error": "failed: x"},
+    ]
+
+
+def test_every_picture_is_drawn_where_there_is_data_and_none_without(tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    rows = tmp_path / "rows.json"
+    rows.write_text(json.dumps(synthetic_rows()))
+    pictures = {f"{picture.name}.svg" for picture in module("plots").PICTURES}
+    assert module("plots").main([str(rows), "--folder", str(tmp_path)]) == 0
+    assert {path.name for path in tmp_path.glob("*.svg")} == pictures
+    text = (tmp_path / "speed-sms.svg").read_text()
+    assert "2 x GPU" in text and "push ceiling" in text
+    for path in tmp_path.glob("*.svg"):
+        path.unlink()
+    capsys.readouterr()
+    assert module("plots").main([str(rows), "--folder", str(tmp_path), "--machine", "another"]) == 0
+    assert {path.name for path in tmp_path.glob("*.svg")} == {
+        "model-nodes.svg"
+    }  # the model needs no row of this machine
+    assert capsys.readouterr().err.count("no data of another") == len(pictures) - 1
+
+
+def test_pictures_of_the_readme_are_there_and_small():
+    named = re.findall(r"!\[[^\]]*\]\((docs/images/[^)]+)\)", (ROOT / "README.md").read_text())
+    assert any("speed" in name for name in named)
+    for name in named:
+        assert (ROOT / name).is_file()
+        assert (ROOT / name).suffix != ".svg" or (ROOT / name).stat().st_size < 200_000
