@@ -1,7 +1,8 @@
 // Times the kernels without XLA: benchmarks/kernels.py builds it, writes a case a line to its standard input, and reads
 // a line of JSON for each. tests/gpu/kernels/ranks.h starts the ranks and makes their arrays.
 //
-//   in    operations(comma) layout ranks tokens topk experts capacity expert_capacity row_bytes second_bytes sms calls
+//   in    mode operations(comma) layout ranks tokens topk experts capacity expert_capacity row_bytes second_bytes sms
+//   calls
 //         repeats graph(0|1) file of s32[ranks, tokens, topk]
 //   out   {"gpus": [...], ...} once, then {"dispatch": [µs a call of each repeat], ...} or {"failed": "why"} a case
 #include <cuda_runtime.h>
@@ -14,11 +15,17 @@
 
 #include "ranks.h"
 
+#if __has_include("low_latency/low_latency.h")
+#include "low_latency/low_latency.h"
+#define JAX_EP_LOW_LATENCY 1
+#endif
+
 using namespace jax_ep;
 
 namespace {
 
 struct Request {
+  std::string mode;
   std::vector<std::string> operations;
   Case c;
   int calls = 0, repeats = 0;
@@ -31,7 +38,7 @@ bool Parse(const std::string& line, Request* r) {
   std::string operations, layout;
   int64_t row_bytes = 0;
   Case& c = r->c;
-  in >> operations >> layout >> c.num_ranks >> c.num_tokens >> c.num_topk >> c.num_experts >> c.capacity >>
+  in >> r->mode >> operations >> layout >> c.num_ranks >> c.num_tokens >> c.num_topk >> c.num_experts >> c.capacity >>
       c.expert_capacity >> row_bytes >> c.second_bytes >> c.num_sms >> r->calls >> r->repeats >> r->graph >> r->routing;
   c.layout = layout == "expert" ? Layout::kExpert : layout == "rank" ? Layout::kRank : Layout::kBatched;
   c.alignment = 1;
@@ -53,7 +60,7 @@ __global__ void FillRandom(uint32_t* words, int64_t count, uint32_t seed) {
   }
 }
 
-char* RandomRows(Memory& memory, int64_t num_bytes, uint32_t seed) {
+char* MakeRows(Memory& memory, int64_t num_bytes, uint32_t seed) {
   char* rows = memory.Make<char>((num_bytes + 3) / 4 * 4, 0);
   FillRandom<<<256, 256>>>(reinterpret_cast<uint32_t*>(rows), (num_bytes + 3) / 4, seed);
   CHECK_CUDA(cudaGetLastError());
@@ -83,6 +90,7 @@ cudaError_t Capture(const Call& call, int rank, cudaStream_t stream, int calls, 
   for (int k = 0; k < calls && error == cudaSuccess; ++k) error = call(rank, stream);
   if (error == cudaSuccess) error = cudaStreamEndCapture(stream, &graph);
   if (error == cudaSuccess) error = cudaGraphInstantiate(exec, graph, 0);
+  if (error == cudaSuccess) error = cudaGraphDestroy(graph);
   if (error == cudaSuccess) error = cudaGraphUpload(*exec, stream);
   return error;
 }
@@ -130,6 +138,70 @@ std::string Failed(const std::string& why) {
   return "{\"failed\": \"" + quoted + "\"}";
 }
 
+DispatchParams Cached(DispatchParams d) {
+  d.operation = kDispatchCached;
+  d.topk_idx = nullptr;
+  return d;
+}
+
+CombineParams Weighted(CombineParams b, const float* weights) {
+  b.weights = weights;
+  return b;
+}
+
+std::map<std::string, Call> HighThroughput(const Case& c, const std::vector<Arrays>& arrays,
+                                           const std::vector<const float*>& gates) {
+  const int R = c.num_ranks;
+  DispatchConfig out;
+  CombineConfig back;
+  out.num_sms = back.num_sms = c.num_sms;
+  return {
+      {"dispatch", [=, &arrays](int r, cudaStream_t s) { return LaunchDispatch(arrays[r].dispatch, R, out, s); }},
+      {"dispatch_cached",
+       [=, &arrays](int r, cudaStream_t s) { return LaunchDispatch(Cached(arrays[r].dispatch), R, out, s); }},
+      {"combine", [=, &arrays](int r, cudaStream_t s) { return LaunchCombine(arrays[r].combine, back, s); }},
+      {"combine_weighted",
+       [=, &arrays, &gates](int r, cudaStream_t s) {
+         return LaunchCombine(Weighted(arrays[r].combine, gates[r]), back, s);
+       }},
+  };
+}
+
+#if JAX_EP_LOW_LATENCY
+// Of a window of each kind of call; 0: the shape is beyond the kernel.
+std::vector<int64_t> LowLatencyBytes(const Arrays& of, const float* gates, int num_ranks, bool combines) {
+  std::vector<int64_t> bytes = {LowLatencyDispatchBytes(of.dispatch, num_ranks),
+                                LowLatencyDispatchBytes(Cached(of.dispatch), num_ranks)};
+  if (combines) {
+    bytes.push_back(LowLatencyCombineBytes(of.combine, num_ranks));
+    bytes.push_back(LowLatencyCombineBytes(Weighted(of.combine, gates), num_ranks));
+  }
+  return bytes;
+}
+
+std::map<std::string, Call> LowLatency(const Case& c, Group& group, const std::vector<Arrays>& arrays,
+                                       const std::vector<const float*>& gates) {
+  const int R = c.num_ranks;
+  LowLatencyConfig config;
+  config.num_sms = c.num_sms;
+  const auto dispatch = [=, &group](const DispatchParams& d, int r, cudaStream_t s) {
+    const ArenaView arenas = group.arenas(r, LowLatencyDispatchBytes(d, R));
+    return LaunchLowLatencyDispatch(d, {arenas, Half::kBoth, nullptr}, config, s);
+  };
+  const auto combine = [=, &group](CombineParams b, int r, cudaStream_t s) {
+    b.scratch = nullptr;
+    return LaunchLowLatencyCombine(b, {group.arenas(r, LowLatencyCombineBytes(b, R)), Half::kBoth, nullptr}, config, s);
+  };
+  return {
+      {"dispatch", [=, &arrays](int r, cudaStream_t s) { return dispatch(arrays[r].dispatch, r, s); }},
+      {"dispatch_cached", [=, &arrays](int r, cudaStream_t s) { return dispatch(Cached(arrays[r].dispatch), r, s); }},
+      {"combine", [=, &arrays](int r, cudaStream_t s) { return combine(arrays[r].combine, r, s); }},
+      {"combine_weighted",
+       [=, &arrays, &gates](int r, cudaStream_t s) { return combine(Weighted(arrays[r].combine, gates[r]), r, s); }},
+  };
+}
+#endif
+
 std::string Measure(const Request& request) {
   const Case& c = request.c;
   const int R = c.num_ranks;
@@ -152,39 +224,30 @@ std::string Measure(const Request& request) {
     DispatchParams& d = arrays[r].dispatch;
     d.topk_idx = of.Put(topk_idx);
     d.topk_weights = of.Make<float>(c.choices(), 0x3c);
-    d.rows[0].x = RandomRows(of, c.num_tokens * c.row_bytes(), r + 1);
-    if (c.second_bytes > 0) d.rows[1].x = RandomRows(of, c.num_tokens * c.second_bytes, r + 101);
+    d.rows[0].x = MakeRows(of, c.num_tokens * c.row_bytes(), r + 1);
+    if (c.second_bytes > 0) d.rows[1].x = MakeRows(of, c.num_tokens * c.second_bytes, r + 101);
     gates[r] = of.Make<float>(c.capacity, 0x3c);
     if (combines) {
-      arrays[r].combine.y = RandomRows(of, static_cast<int64_t>(c.capacity) * c.row_bytes(), r + 201);
+      arrays[r].combine.y = MakeRows(of, static_cast<int64_t>(c.capacity) * c.row_bytes(), r + 201);
       arrays[r].combine.carried_back = nullptr;
     }
     CHECK_CUDA(cudaDeviceSynchronize());
   }
-  if (!DispatchFits(arrays[0].dispatch, R) || (combines && !CombineFits(arrays[0].combine, R))) {
-    return Failed("beyond the kernel's limits");
+  const bool fits = DispatchFits(arrays[0].dispatch, R) && (!combines || CombineFits(arrays[0].combine, R));
+  if (!fits) return Failed("beyond the kernel's limits");
+  std::map<std::string, Call> calls;
+  if (request.mode == "high_throughput") {
+    calls = HighThroughput(c, arrays, gates);
+#if JAX_EP_LOW_LATENCY
+  } else if (request.mode == "low_latency") {
+    const std::vector<int64_t> sizes = LowLatencyBytes(arrays[0], gates[0], R, combines);
+    if (std::count(sizes.begin(), sizes.end(), 0) > 0) return Failed("beyond the low-latency kernel's limits");
+    for (int64_t bytes : sizes) ranks.group.MakeArenas(bytes);
+    calls = LowLatency(c, ranks.group, arrays, gates);
+#endif
+  } else {
+    return Failed("no kernels of mode " + request.mode);
   }
-  DispatchConfig dispatch_config;
-  CombineConfig combine_config;
-  dispatch_config.num_sms = combine_config.num_sms = c.num_sms;
-  const std::map<std::string, Call> calls = {
-      {"dispatch",
-       [&](int r, cudaStream_t stream) { return LaunchDispatch(arrays[r].dispatch, R, dispatch_config, stream); }},
-      {"dispatch_cached",
-       [&](int r, cudaStream_t stream) {
-         DispatchParams d = arrays[r].dispatch;
-         d.operation = kDispatchCached;
-         d.topk_idx = nullptr;
-         return LaunchDispatch(d, R, dispatch_config, stream);
-       }},
-      {"combine", [&](int r, cudaStream_t stream) { return LaunchCombine(arrays[r].combine, combine_config, stream); }},
-      {"combine_weighted",
-       [&](int r, cudaStream_t stream) {
-         CombineParams b = arrays[r].combine;
-         b.weights = gates[r];
-         return LaunchCombine(b, combine_config, stream);
-       }},
-  };
   ranks.Launch(calls.at("dispatch"));  // the routing that the others follow
   if (!ranks.Wait()) return Failed(ranks.failure);
   std::ostringstream out;
@@ -203,12 +266,12 @@ std::string Measure(const Request& request) {
 
 void Greet() {
   int driver = 0, runtime = 0;
-  const int num_devices = NumDevices();
   CHECK_CUDA(cudaDriverGetVersion(&driver));
   CHECK_CUDA(cudaRuntimeGetVersion(&runtime));
+  CHECK_CUDA(cudaGetDeviceCount(&g_num_devices));
   std::cout << "{\"gpus\": [";
   cudaDeviceProp properties{};
-  for (int i = 0; i < num_devices; ++i) {
+  for (int i = 0; i < g_num_devices; ++i) {
     CHECK_CUDA(cudaGetDeviceProperties(&properties, i));
     std::cout << (i > 0 ? ", \"" : "\"") << properties.name << '"';
   }

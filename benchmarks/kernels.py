@@ -31,6 +31,9 @@ OPERATIONS = ("dispatch", "dispatch_cached", "combine", "combine_weighted")
 TOKENS = (1, 8, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
 SMS = (4, 8, 12, 16, 20, 24, 32, 64)
 QUICK = {"tokens": (1, 128, 1024, 8192), "sms": (12, 64)}
+QUICK_LOW_LATENCY = ("sms", "tokens", "graph")  # axes
+MODES = ("high_throughput", "low_latency")
+DECODE, MOST_LOW_LATENCY = 128, 1024  # tokens at the low-latency kernels' base, and the most that they are asked for
 AXES = ("sms", "tokens", "model", "wire", "routing", "graph")
 
 
@@ -43,6 +46,7 @@ class Point:
     tokens: int
     model: str = "deepseek-v3"
     sms: int = 24
+    mode: str = "high_throughput"
     wire: str | None = None
     routing: str = "uniform"
     graph: bool = False
@@ -69,13 +73,10 @@ class Point:
 
 
 def plan(options: argparse.Namespace, num_gpus: int) -> list[Point]:
-    """Base points first, then each axis around them; no point twice."""
-    bases = [
-        Point(ranks, layout, tokens, sms=options.base_sms)
-        for ranks in options.ranks or [num_gpus]
-        for tokens in options.bases
-        for layout in options.layouts
-    ]
+    """Base points first, then each axis around them; no point twice. The low-latency kernels have one base, a decode step."""
+    ranks = options.ranks or [num_gpus]
+    bases = [Point(of, layout, tokens) for of in ranks for tokens in options.bases for layout in options.layouts]
+    decode = [Point(of, layout, DECODE) for of in ranks for layout in options.layouts]
     values: dict[str, Sequence[Any]] = {
         "sms": options.sms,
         "tokens": options.tokens,
@@ -84,10 +85,17 @@ def plan(options: argparse.Namespace, num_gpus: int) -> list[Point]:
         "routing": traffic.ROUTINGS,
         "graph": (False, True),
     }
-    varied = [
-        dataclasses.replace(base, **{axis: value}) for axis in options.axes for value in values[axis] for base in bases
-    ]
-    return list(dict.fromkeys([*bases, *varied]))
+    few = {**values, "tokens": [tokens for tokens in options.tokens if tokens <= MOST_LOW_LATENCY]}
+    points: list[Point] = []
+    for mode, around, along, axes in (
+        ("high_throughput", bases, values, options.axes),
+        ("low_latency", decode, few, [axis for axis in options.axes if not options.quick or axis in QUICK_LOW_LATENCY]),
+    ):
+        if mode in options.modes:
+            at = [dataclasses.replace(base, mode=mode, sms=options.base_sms) for base in around]
+            points += at
+            points += [dataclasses.replace(base, **{axis: x}) for axis in axes for x in along[axis] for base in at]
+    return list(dict.fromkeys(points))
 
 
 # ---- one point -------------------------------------------------------------------------------------------------------
@@ -139,7 +147,7 @@ def request(point: Point, operations: Sequence[str], capacity: Row, calls: int, 
     rows = capacity["max_recv_tokens"] or case.num_local_experts * expert_capacity
     sizes = (point.ranks, point.tokens, case.num_topk, case.num_experts, rows, expert_capacity, row_bytes, second_bytes)
     numbers = (*sizes, point.sms, calls, repeats, int(point.graph))
-    return f"{','.join(operations)} {point.layout} {' '.join(map(str, numbers))} {routing}"
+    return f"{point.mode} {','.join(operations)} {point.layout} {' '.join(map(str, numbers))} {routing}"
 
 
 def ceiling_of(point: Point, gigabytes: dict[tuple[int, int], float], row_bytes: int) -> traffic.Ceiling | None:
@@ -169,7 +177,7 @@ def row(
         "by": "jax_ep",
         "layout": point.layout,
         "wire": point.wire,
-        "mode": "high_throughput",
+        "mode": point.mode,
         "routing": point.routing,
         "dtype": case.dtype,
         "tokens": point.tokens,
@@ -227,13 +235,18 @@ def measure(
 
 def show(rows: Sequence[Row]) -> None:
     """A line a point, on standard error: µs and share of the ceiling."""
-    keys = ("case", "layout", "ranks", "tokens", "sms", "wire", "routing", "graph")
+    keys = ("mode", "case", "layout", "ranks", "tokens", "sms", "wire", "routing", "graph")
     point = " ".join(f"{key} {rows[0][key]}" for key in keys)
     told = (
         row["error"] or f"{row['operation']} {row['us']:.1f}" + (f" ({1 / row['ratio']:.2f})" if row["ratio"] else "")
         for row in rows
     )
     print(f"{point}: {', '.join(dict.fromkeys(told))}", file=sys.stderr, flush=True)
+
+
+def modes_there_are() -> list[str]:
+    """Those whose kernels the library has."""
+    return [mode for mode in MODES if mode == "high_throughput" or (ROOT / "ffi" / mode).is_dir()]
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -248,6 +261,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--bases", type=int, nargs="+", default=[4096, 128], metavar="TOKENS")
     parser.add_argument("--base-sms", type=int, default=24)
     parser.add_argument("--axes", nargs="*", default=AXES, choices=AXES, help="which are varied around the bases")
+    parser.add_argument("--modes", nargs="+", default=modes_there_are(), choices=MODES)
     parser.add_argument("--layouts", nargs="+", default=LAYOUTS, choices=LAYOUTS)
     parser.add_argument("--operations", nargs="+", default=OPERATIONS, choices=OPERATIONS)
     parser.add_argument("--tokens", type=int, nargs="+", default=TOKENS)

@@ -53,6 +53,7 @@ STYLE = {
 }
 KERNELS = ("dispatch", "dispatch_cached", "combine", "combine_weighted")
 LAYOUTS = ("rank", "expert", "batched")
+MODES = ("low_latency", "high_throughput")
 
 
 def select(rows: Iterable[Row], **wanted: Any) -> list[Row]:
@@ -147,31 +148,59 @@ def along(rows: Sequence[Row], key: str, label: str) -> Figure | None:
 # ---- modes, and what there is without jax_ep -------------------------------------------------------------------------
 
 
+def pairs_of_kernels(rows: Sequence[Row]) -> list[Row]:
+    """Kernels' rows as rows of pairs: the times of a dispatch and a combine (weighted where rows have gates) at the same point."""
+    keys = ("mode", "case", "ranks", "hidden", "layout", "wire", "tokens", "sms", "routing", "graph")
+    there: dict[tuple[Any, ...], Row] = {}
+    for row in select(rows, level="kernel", wire=None, routing="uniform"):
+        times = there.setdefault(tuple(row[key] for key in keys), row | {"operation": "pair", "parts": {}})["parts"]
+        times[row["operation"]] = row["us"]
+    made = []
+    for row in there.values():
+        back = "combine" if row["layout"] == "rank" else "combine_weighted"
+        if {"dispatch", back} <= set(row["parts"]):
+            made.append(row | {"us": row["parts"]["dispatch"] + row["parts"][back]})
+    return made
+
+
 def modes(rows: Sequence[Row]) -> Figure | None:
-    """Pairs of both modes against tokens, a column a layout and size of a row."""
-    pairs = select(rows, operation="pair", by="jax_ep", mode=("low_latency", "high_throughput"), graph=False)
-    pairs = [row for row in pairs if row["level"] == "jit"]
-    panels = [
-        panel
-        for panel in dict.fromkeys((row["ranks"], row["hidden"], row["layout"], row["wire"]) for row in pairs)
-        if len({row["mode"] for row in _of(pairs, panel)}) == 2
-        and len({row["tokens"] for row in _of(pairs, panel)}) > 1
-    ][:4]
-    if not panels:
-        return None
-    figure = Figure(figsize=(2.8 * len(panels), 3.0), layout="constrained")
+    """Pairs of both modes against tokens, a column a layout and size of a row: inside jit, or the kernels alone."""
+    inside = select(
+        rows, level="jit", operation="pair", by="jax_ep", mode=("low_latency", "high_throughput"), graph=False
+    )
+    alone = pairs_of_kernels(rows)
+    alone = [
+        row
+        for row in alone
+        if row["case"] == "deepseek-v3" and not row["graph"] and row["sms"] == commonest(alone, "sms")
+    ]
+    for pairs, what in ((inside, "inside jit"), (alone, "kernels alone")):
+        panels = [
+            panel
+            for panel in dict.fromkeys((row["ranks"], row["hidden"], row["layout"], row["wire"]) for row in pairs)
+            if all(len({row["tokens"] for row in select(_of(pairs, panel), mode=mode)}) > 1 for mode in MODES)
+        ][:4]
+        if panels:
+            return _modes(pairs, panels, what)
+    return None
+
+
+def _modes(pairs: Sequence[Row], panels: Sequence[tuple[Any, ...]], what: str) -> Figure:
+    figure = Figure(figsize=(max(2.8 * len(panels), 4.5), 3.0), layout="constrained")
     for axes, panel in zip(figure.subplots(1, len(panels), sharey=True, squeeze=False)[0], panels, strict=True):
         of_panel = _of(pairs, panel)
-        for mode, colour in zip(("low_latency", "high_throughput"), COLOURS, strict=False):
+        most = max(row["tokens"] for row in select(of_panel, mode="low_latency"))
+        for mode, colour in zip(MODES, COLOURS, strict=False):
             line = sorted(select(of_panel, mode=mode), key=lambda row: row["tokens"])
+            line = [row for row in line if row["tokens"] <= most]
             axes.plot([row["tokens"] for row in line], [row["us"] for row in line], "o-", color=colour, label=mode)
         ranks, hidden, layout, wire = panel
         axes.set_title(f'{ranks} ranks, hidden {hidden}, "{layout}"{", " + wire if wire else ""}', fontsize=8)
         times_axis(axes)
-        tokens_ticks(axes, (row["tokens"] for row in of_panel), "tokens a rank")
+        tokens_ticks(axes, (row["tokens"] for row in of_panel if row["tokens"] <= most), "tokens a rank")
     figure.axes[0].set_ylabel("µs, dispatch and combine")
     figure.axes[0].legend(fontsize=8)
-    figure.suptitle(origin(pairs), fontsize=9)
+    figure.suptitle(f"{what}: {origin(pairs)}", fontsize=9)
     return figure
 
 

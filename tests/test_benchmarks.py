@@ -192,7 +192,7 @@ STAND_IN = """
 import json, os, sys, time
 print(json.dumps({"gpus": ["GPU"] * 2, "multiprocessors": 132, "driver": 1, "runtime": 1}), flush=True)
 for line in sys.stdin:
-    operations, layout, ranks, tokens, topk, *_, routing = line.split()
+    mode, operations, layout, ranks, tokens, topk, *_, routing = line.split()
     assert os.path.getsize(routing) == 4 * int(ranks) * int(tokens) * int(topk)
     if tokens == "1":
         print("kernels.cu:1 cudaMalloc: out of memory", flush=True)
@@ -215,7 +215,8 @@ def stand_in(tmp_path):
 
 def sweep(tmp_path, *options):
     out = tmp_path / "kernels.json"
-    assert module("kernels").main(["--out", str(out), "--layouts", "rank", *options]) == 0
+    fixed = ["--out", str(out), "--layouts", "rank", "--modes", "high_throughput"]
+    assert module("kernels").main([*fixed, *options]) == 0
     return json.loads(out.read_text())
 
 
@@ -252,7 +253,10 @@ def test_a_sweep_skips_what_the_machine_cannot_hold(tmp_path, stand_in):
 
 def test_the_quick_sweep_is_short_and_the_whole_one_has_every_axis():
     kernels = module("kernels")
-    quick, whole = (kernels.plan(kernels.parse(["--out", "x", *more]), 4) for more in (["--quick"], []))
+    both = ["--out", "x", "--modes", "high_throughput", "low_latency"]
+    quick, whole = (kernels.plan(kernels.parse([*both, *more]), 4) for more in (["--quick"], []))
+    assert {(point.mode, point.tokens) for point in quick} >= {("low_latency", 128), ("high_throughput", 8192)}
+    assert all(point.tokens <= 1024 for point in whole if point.mode == "low_latency")
     assert len(quick) <= 40 and len(set(whole)) == len(whole)
     assert {point.sms for point in whole} == {4, 8, 12, 16, 20, 24, 32, 64}
     assert {point.tokens for point in whole} >= {1, 128, 4096, 8192} and len({point.model for point in whole}) == 5

@@ -5,54 +5,24 @@
 //   kernels small                      a few small cases, for compute-sanitizer
 //   kernels timeout                    one rank does not call: the others must say so, and later calls must be right
 //
-// ranks.h starts the ranks; benchmarks/kernels.cu times the same calls.
+// benchmarks/kernels.cu times the same calls.
 //
-// nvcc -O3 -std=c++17 -Iffi -gencode arch=compute_90a,code=sm_90a -o kernels tests/gpu/kernels/kernels.cu ffi/dispatch/dispatch.cu
-//   ffi/combine/combine.cu ffi/group/barrier.cu ffi/group/group.cc
+// nvcc -O3 -std=c++17 -Iffi -gencode arch=compute_90a,code=sm_90a -o kernels tests/gpu/kernels/kernels.cu
+// ffi/dispatch/dispatch.cu
+//   ffi/combine/combine.cu ffi/low_latency/*.cu ffi/group/barrier.cu ffi/group/group.cc
 #include <algorithm>
 #include <chrono>
 #include <cstdio>
 #include <cstdlib>
+#include <thread>
 
 #include "group/barrier.h"
-#include "oracle.h"
+#include "group/group.h"
 #include "ranks.h"
 
 using namespace jax_ep;
 
 namespace {
-
-std::vector<char> RandomRows(const Case& c, int64_t rows, std::mt19937& random) {
-  // From a table: big cases would spend their time in the generator.
-  constexpr int kTable = 4096;
-  std::vector<char> bytes(rows * c.row_bytes()), table(kTable * c.elem_bytes());
-  std::uniform_real_distribution<float> uniform(-1, 1);
-  for (int i = 0; i < kTable; ++i) Store(c.dtype, &table[i * c.elem_bytes()], uniform(random));
-  uint64_t state = random();
-  for (int64_t i = 0; i < rows * c.hidden; ++i) {
-    state = state * 6364136223846793005u + 1442695040888963407u;
-    std::memcpy(&bytes[i * c.elem_bytes()], &table[(state >> 52) * c.elem_bytes()], c.elem_bytes());
-  }
-  return bytes;
-}
-
-template <class T>
-bool Same(const char* what, int rank, const T* device, const std::vector<T>& expected, int64_t row = 1,
-          int stride = 1) {
-  std::vector<T> got(expected.size());
-  CHECK_CUDA(cudaMemcpy(got.data(), device, got.size() * sizeof(T), cudaMemcpyDeviceToHost));
-  if (std::memcmp(got.data(), expected.data(), got.size() * sizeof(T)) == 0) return true;
-  int64_t wrong = 0, first = -1;
-  for (size_t i = 0; i < got.size(); ++i) {
-    if (stride > 1 && (static_cast<int64_t>(i) / row) % stride != 0) continue;
-    if (std::memcmp(&got[i], &expected[i], sizeof(T)) != 0 && wrong++ == 0) first = i;
-  }
-  if (wrong == 0) return true;
-  std::printf("  WRONG %s on rank %d: %lld of %zu, first at %lld (row %lld): got %g, expected %g\n", what, rank,
-              (long long)wrong, got.size(), (long long)first, (long long)(first / row), double(got[first]),
-              double(expected[first]));
-  return false;
-}
 
 bool CheckCase(Case c, int stride = 1) {
   Finish(c);
@@ -96,7 +66,7 @@ bool CheckCase(Case c, int stride = 1) {
     second_device[r] = memory[r]->Put(second[r]);
     gates_device[r] = memory[r]->Put(gates[r]), carried_device[r] = memory[r]->Put(carried[r]);
   }
-  for (int device = 0; device < NumDevices(); ++device) {
+  for (int device = 0; device < g_num_devices; ++device) {
     CHECK_CUDA(cudaSetDevice(device));
     CHECK_CUDA(cudaDeviceSynchronize());
   }
@@ -296,6 +266,7 @@ int Timeout() {
 
 int main(int argc, char** argv) {
   setenv("CUDA_DEVICE_MAX_CONNECTIONS", "32", 1);
+  CHECK_CUDA(cudaGetDeviceCount(&g_num_devices));
   const std::string what = argc > 1 ? argv[1] : "";
   Group::SetTimeout(what == "small" ? 60 : 4);
   int result = 1;

@@ -1,6 +1,4 @@
-// Ranks for programs without XLA: each a stream of this process with a host thread of its own while it launches,
-// several on one GPU where there are fewer GPUs than ranks; and the device arrays of one case. Used by kernels.cu
-// beside this and by benchmarks/kernels.cu.
+// Ranks as streams of this process and their device arrays: what kernels.cu and low_latency.cu share besides oracle.h.
 #pragma once
 
 #include <algorithm>
@@ -8,14 +6,12 @@
 #include <cstdio>
 #include <cstdlib>
 #include <map>
-#include <string>
+#include <memory>
 #include <thread>
-#include <vector>
 
+#include "group/barrier.h"
 #include "group/group.h"
 #include "oracle.h"
-
-namespace jax_ep {
 
 #define CHECK_CUDA(call)                                                                    \
   do {                                                                                      \
@@ -27,14 +23,9 @@ namespace jax_ep {
     }                                                                                       \
   } while (0)
 
-inline int NumDevices() {
-  static const int num_devices = [] {
-    int count = 0;
-    CHECK_CUDA(cudaGetDeviceCount(&count));
-    return count;
-  }();
-  return num_devices;
-}
+namespace jax_ep {
+
+inline int g_num_devices = 0;
 
 // Device memory of one rank, freed together.
 class Memory {
@@ -74,7 +65,7 @@ struct Ranks {
     static std::map<int, Ranks*> all;
     if (all[num_ranks] == nullptr) {
       std::vector<int> devices(num_ranks);
-      for (int i = 0; i < num_ranks; ++i) devices[i] = i % NumDevices();
+      for (int i = 0; i < num_ranks; ++i) devices[i] = i % g_num_devices;
       auto* ranks = new Ranks{Group::OfDevices(devices), devices, std::vector<cudaStream_t>(num_ranks)};
       for (int i = 0; i < num_ranks; ++i) {
         CHECK_CUDA(cudaSetDevice(devices[i]));
@@ -129,6 +120,38 @@ struct Ranks {
     return failure.empty();
   }
 };
+
+inline std::vector<char> RandomRows(const Case& c, int64_t rows, std::mt19937& random) {
+  // From a table: big cases would spend their time in the generator.
+  constexpr int kTable = 4096;
+  std::vector<char> bytes(rows * c.row_bytes()), table(kTable * c.elem_bytes());
+  std::uniform_real_distribution<float> uniform(-1, 1);
+  for (int i = 0; i < kTable; ++i) Store(c.dtype, &table[i * c.elem_bytes()], uniform(random));
+  uint64_t state = random();
+  for (int64_t i = 0; i < rows * c.hidden; ++i) {
+    state = state * 6364136223846793005u + 1442695040888963407u;
+    std::memcpy(&bytes[i * c.elem_bytes()], &table[(state >> 52) * c.elem_bytes()], c.elem_bytes());
+  }
+  return bytes;
+}
+
+template <class T>
+bool Same(const char* what, int rank, const T* device, const std::vector<T>& expected, int64_t row = 1,
+          int stride = 1) {
+  std::vector<T> got(expected.size());
+  CHECK_CUDA(cudaMemcpy(got.data(), device, got.size() * sizeof(T), cudaMemcpyDeviceToHost));
+  if (std::memcmp(got.data(), expected.data(), got.size() * sizeof(T)) == 0) return true;
+  int64_t wrong = 0, first = -1;
+  for (size_t i = 0; i < got.size(); ++i) {
+    if (stride > 1 && (static_cast<int64_t>(i) / row) % stride != 0) continue;
+    if (std::memcmp(&got[i], &expected[i], sizeof(T)) != 0 && wrong++ == 0) first = i;
+  }
+  if (wrong == 0) return true;
+  std::printf("  WRONG %s on rank %d: %lld of %zu, first at %lld (row %lld): got %g, expected %g\n", what, rank,
+              (long long)wrong, got.size(), (long long)first, (long long)(first / row), double(got[first]),
+              double(expected[first]));
+  return false;
+}
 
 // All device arrays of one rank for one case.
 struct Arrays {
