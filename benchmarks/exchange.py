@@ -11,11 +11,14 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import itertools
 import json
+import math
 import os
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -27,7 +30,7 @@ from cases import case as case_named
 
 from benchmarks import ROOT, timing, traffic
 from benchmarks.baselines import BASELINES
-from benchmarks.programs import OPERATIONS, Program, Setting, baseline_programs, jax_ep_programs
+from benchmarks.programs import OPERATIONS, Program, Setting, absent, baseline_programs, jax_ep_programs
 from benchmarks.summary import KEYS
 
 LAYOUTS = ("expert", "rank", "batched")
@@ -116,17 +119,23 @@ def measure_case(case: Case, options: argparse.Namespace, graph: bool) -> Iterat
     # A chain of the reference would share its all_gather, so there a program has one call.
     calls = options.calls or (1 if on_cpu else 32 if case.num_tokens <= FEW_TOKENS else 8)
     setting = Setting.of(case, calls, expert_hidden=options.expert_hidden or (16 if on_cpu else 512))
-    for layout in options.layouts:
-        ours = setting.in_layout(layout)
-        for wire in options.wires:
-            for mode in options.modes[:1] if on_cpu else options.modes:
-                for sms in options.num_sms:
-                    for program in jax_ep_programs(ours, options.operations, wire, mode, sms):
-                        took, error = timed(program, ours, options)
-                        yield row(ours, program[0], "jax_ep", wire, took, error, sms, mode, graph)
     in_expert_order = setting.in_layout("expert")
+    over = f"skipped: --budget-s {options.budget_s:g} is over"
+    modes = options.modes[:1] if on_cpu else options.modes
+    for layout, wire, mode, sms in itertools.product(options.layouts, options.wires, modes, options.num_sms):
+        ours = setting.in_layout(layout)
+        if time.monotonic() > options.deadline:
+            for operation in set(options.operations) - absent(layout, wire):
+                yield row(ours, operation, "jax_ep", wire, None, over, sms, mode, graph)
+            continue
+        for program in jax_ep_programs(ours, options.operations, wire, mode, sms):
+            took, error = timed(program, ours, options)
+            yield row(ours, program[0], "jax_ep", wire, took, error, sms, mode, graph)
     for name in options.baselines:
         if on_cpu and name == "ragged_all_to_all":  # XLA:CPU has none
+            continue
+        if time.monotonic() > options.deadline:
+            yield row(in_expert_order, "pair", name, None, None, over, graph=graph)
             continue
         for program in baseline_programs(in_expert_order, name, options.operations):
             took, error = timed(program, setting, options)
@@ -142,7 +151,8 @@ def measure_apart(case: Case, options: argparse.Namespace, graph: bool, argument
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "rows.json"
         which = ["--only", case.name, str(case.num_tokens), "graph" if graph else "stream", "--out", str(out)]
-        command = [sys.executable, "-m", "benchmarks.exchange", *arguments, *which]
+        left = ["--budget-s", str(options.deadline - time.monotonic())] if math.isfinite(options.deadline) else []
+        command = [sys.executable, "-m", "benchmarks.exchange", *arguments, *which, *left]
         try:
             status = subprocess.run(
                 command, cwd=ROOT, env=os.environ | {"XLA_FLAGS": flags}, timeout=options.process_timeout, check=False
@@ -273,6 +283,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--programs", type=int, default=2, help="launched in a row for one sample (default 2)")
     parser.add_argument("--samples", type=int, help="default: 200 up to 512 tokens, 20 above")
     parser.add_argument("--case-budget-s", type=float, default=5, help="seconds for the samples of a row (default 5)")
+    parser.add_argument("--budget-s", type=float, default=math.inf, help="seconds after which nothing new is begun")
     parser.add_argument("--process-timeout", type=float, default=900, help="seconds for a case (default 900)")
     parser.add_argument("--expert-hidden", type=int, help="inner width of the layers' experts (default 512, on CPU 16)")
     parser.add_argument("--cpu-devices", type=int, help="run on this many virtual CPU devices")
@@ -285,6 +296,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     if options.quick:
         options.layouts, options.wires, options.case_budget_s = LAYOUTS[:2], ["none"], 1.5
         options.operations = ("dispatch", "combine", "pair", "moe")
+    options.deadline = time.monotonic() + options.budget_s
     options.wires = [None if wire == "none" else wire for wire in options.wires]
     options.num_sms = [None if number == "none" else int(number) for number in options.num_sms]
     return options

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import subprocess
 import sys
 import tempfile
 import time
@@ -281,6 +282,18 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     return options
 
 
+def links(points: Sequence[Point], machine: Machine) -> Row:
+    """GB/s of the push ceiling by number of GPUs, then by (SMs, bytes of a row), for all points that cross links."""
+    sms = tuple(sorted({point.sms for point in points}))
+    sizes = tuple(sorted({traffic.row_bytes(point.case, point.wire) // 16 * 16 for point in points}))
+    try:
+        counts = sorted({min(point.ranks, len(machine.gpus)) for point in points} - {1})
+        return {gpus: native.push_ceiling(gpus, sms, sizes) for gpus in counts}
+    except (RuntimeError, subprocess.SubprocessError) as error:
+        print(f"benchmarks.kernels: no push ceiling: {error}", file=sys.stderr)
+        return {}
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Builds, measures, records."""
     options = parse(arguments)
@@ -288,18 +301,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.list:
         print(*plan(options, num_gpus=2), sep="\n")
         return 0
-    command = options.program or [str(native.build(ROOT / "benchmarks" / "kernels.cu", native.kernel_sources()))]
+    try:
+        command = options.program or [str(native.build(ROOT / "benchmarks" / "kernels.cu", native.kernel_sources()))]
+        program = native.Program(command)
+    except (FileNotFoundError, RuntimeError, native.Failure) as error:
+        print(f"benchmarks.kernels: the program that times kernels does not start: {error}", file=sys.stderr)
+        return 1
     rows: list[Row] = []
-    with native.Program(command) as program:
+    with program:
         machine = Machine.of(program.hello)
         points = plan(options, len(machine.gpus))
-        counts = sorted({min(point.ranks, len(machine.gpus)) for point in points} - {1})
-        gigabytes = {}
-        if not options.no_ceiling:
-            sms = tuple(sorted({point.sms for point in points}))
-            sizes = tuple(sorted({traffic.row_bytes(point.case, point.wire) // 16 * 16 for point in points}))
-            gigabytes = {gpus: native.push_ceiling(gpus, sms, sizes) for gpus in counts}
         print(f"{machine}: {len(points)} points", file=sys.stderr)
+        gigabytes = {} if options.no_ceiling else links(points, machine)
         for of_point in measure(program, points, options, gigabytes, deadline):
             rows += of_point
             timing.write(options.out, rows)

@@ -135,6 +135,8 @@ def along(rows: Sequence[Row], key: str, label: str) -> Figure | None:
         times_axis(column[0])
         column[1].set_ylim(0, 1)
         tokens_ticks(column[1], (row[key] for row in base), label)
+    fastest, ceiling = (min((row[name] for row in base if row[name]), default=1) for name in ("us", "ceiling_us"))
+    grid[0, 0].set_ylim(bottom=min(fastest, max(fastest / 4, ceiling)) / 1.2)  # few bytes: a ceiling far below
     grid[0, 0].set_ylabel("µs a call")
     grid[1, 0].set_ylabel("share of the push ceiling")
     grid[0, 0].legend(fontsize=8)

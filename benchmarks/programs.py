@@ -111,8 +111,10 @@ def after(token: jax.Array | None, integers: Any) -> Any:
     return jax.tree.map(lambda array: array + jnp.isnan(token).astype(array.dtype), integers)
 
 
-def experts(rows: jax.Array, group_sizes: jax.Array, w_in: jax.Array, w_out: jax.Array) -> jax.Array:
-    """[C, H] grouped by expert -> the same through each expert's two matrices."""
+def experts(rows: jax.Array, group_sizes: jax.Array | None, w_in: jax.Array, w_out: jax.Array) -> jax.Array:
+    """Each expert's two matrices: of rows [C, H] grouped by expert, or of [E / R, expert_capacity, H]."""
+    if rows.ndim == 3:
+        return jnp.einsum("ecf,efh->ech", jax.nn.silu(jnp.einsum("ech,ehf->ecf", rows, w_in)), w_out)
     return lax.ragged_dot(jax.nn.silu(lax.ragged_dot(rows, w_in, group_sizes)), w_out, group_sizes)
 
 
@@ -139,7 +141,7 @@ def chain_of_layers(layer: Callable[..., jax.Array], gradient: bool) -> Callable
 def jax_ep_programs(
     setting: Setting, operations: Sequence[str], wire: str | None = None, mode: str = "auto", num_sms: int | None = None
 ) -> Iterator[Program]:
-    """jax_ep's operations. The layers need rows in expert order and x's dtype."""
+    """jax_ep's operations. The layers need rows by expert."""
     case = setting.case
     weighted = case.layout != "rank"
 
@@ -201,7 +203,7 @@ def jax_ep_programs(
         return jax_ep.combine(experts(plain(recv), recv.group_sizes, *w), handle, recv.weights)
 
     x, weights, routings = setting.inputs()
-    asked = [name for name in operations if name not in _senseless(case.layout, wire)]
+    asked = [name for name in operations if name not in absent(case.layout, wire)]
     if "dispatch" in asked:
         yield "dispatch", setting.on_every_rank(dispatches), (x, weights, routings)
     if {"dispatch_cached", "combine", "combine_weighted", "cached_pair"} & set(asked):
@@ -227,14 +229,12 @@ def jax_ep_programs(
             yield name, run, (x, weights, routings, *setting.experts())
 
 
-def _senseless(layout: str, wire: str | None) -> set[str]:
+def absent(layout: str, wire: str | None) -> set[str]:
     """Operations that a layout or a wire format lacks."""
-    absent = {"combine_weighted"} if layout == "rank" else set()
-    if layout != "expert":
-        absent |= {"moe", "moe_gradient"}
+    lacking = {"combine_weighted", "moe", "moe_gradient"} if layout == "rank" else set()
     if wire is not None:  # rows already in a format would travel, or the same as without it
-        absent |= {"dispatch_cached", "cached_pair", "combine", "combine_weighted"}
-    return absent
+        lacking |= {"dispatch_cached", "cached_pair", "combine", "combine_weighted"}
+    return lacking
 
 
 def baseline_programs(setting: Setting, name: str, operations: Sequence[str]) -> Iterator[Program]:

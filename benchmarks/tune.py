@@ -96,7 +96,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--topk", type=int, default=8)
     parser.add_argument("--experts", type=int, default=256)
     parser.add_argument("--layouts", nargs="+", default=["expert", "rank"], choices=exchange.LAYOUTS)
-    parser.add_argument("--wires", nargs="+", default=["none", "fp8"], choices=["none", *traffic.SCALE_BYTES])
+    parser.add_argument("--wires", nargs="+", default=["none"], choices=["none", *traffic.SCALE_BYTES])
     parser.add_argument("--calls", type=int, default=16, help="in one program (default 16)")
     parser.add_argument("--programs", type=int, default=2, help="launched in a row for one sample (default 2)")
     parser.add_argument("--samples", type=int, default=50)

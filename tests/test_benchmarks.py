@@ -63,6 +63,30 @@ def test_a_wire_format_and_a_table_without_rich(tmp_path, capsys, monkeypatch):
     assert (row["by"], row["wire"], row["tokens"], row["mode"]) == ("jax_ep", "fp8", 3, "reference")
 
 
+def test_what_the_time_does_not_reach_is_recorded_as_skipped(tmp_path):
+    operations = ["pair", "combine_weighted", "moe"]
+    measure(tmp_path / "none.json", "--budget-s", "-1", "--operations", *operations, "--baselines", "all_to_all")
+    rows = json.loads((tmp_path / "none.json").read_text())
+    assert {(row["layout"], row["operation"]) for row in rows} == {
+        *((layout, operation) for layout in ("expert", "batched") for operation in operations),
+        ("rank", "pair"),
+        (None, "pair"),
+    }
+    assert {row["error"] for row in rows} == {"skipped: --budget-s -1 is over"} and not any(row["us"] for row in rows)
+
+
+def test_layers_by_groups_and_by_batches_are_the_same_layer():
+    programs = module("programs")
+    setting = programs.Setting.of(Case("layer", 6, 16, 2, 8, 4, dtype="float32"), expert_hidden=8)
+    for operation in ("moe", "moe_gradient"):
+        results = []
+        for layout in ("expert", "batched"):
+            ((_, f, arguments),) = programs.jax_ep_programs(setting.in_layout(layout), [operation])
+            results.append(jax.jit(f)(*arguments))
+        np.testing.assert_allclose(*results, rtol=1e-4, atol=1e-6)
+        assert np.abs(results[0]).max() > 0
+
+
 def test_each_way_to_launch_is_a_process_whose_bad_end_is_recorded(tmp_path, monkeypatch):
     exchange = module("exchange")
     options = ["--cpu-devices", "4", "--layouts", "rank", "--operations", "pair", "--baselines", "--calls", "2"]
@@ -249,6 +273,15 @@ def test_a_sweep_skips_what_the_machine_cannot_hold(tmp_path, stand_in):
         **{(3, sms): "skipped: 256 experts on 3 ranks" for sms in (24, 64, 67)},
     }
     assert {row["gpus"] for row in rows} == {2}
+
+
+def test_a_program_that_does_not_start_is_told_in_a_sentence(tmp_path, capsys):
+    program = tmp_path / "program.py"
+    program.write_text("print('no driver')")
+    assert (
+        module("kernels").main(["--out", str(tmp_path / "none.json"), "--program", sys.executable, str(program)]) == 1
+    )
+    assert "does not start: no driver; ended with status 0" in capsys.readouterr().err
 
 
 def test_the_quick_sweep_is_short_and_the_whole_one_has_every_axis():
