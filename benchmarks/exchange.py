@@ -1,196 +1,81 @@
-"""dispatch, dispatch_cached, combine, and the pair in one jit, beside the speed of light and two baselines.
+"""Dispatch, combine, pairs and layers as a user calls them, chained inside one jit, beside the speed of light and the ways without jax_ep.
 
-    python -m benchmarks.exchange --cpu-devices 8 --cases mixtral-8x7b/decode --layouts expert rank --out benchmarks/results/cpu.json
+    python -m benchmarks.exchange --out benchmarks/results/h200x2-jit.json                       # on a GPU machine
+    python -m benchmarks.exchange --cpu-devices 8 --cases mixtral-8x7b/decode --layouts expert   # the reference
 
-Routing is uniform at random; capacities hold 1.25 times the mean and whatever the busiest rank or expert gets, so no row is dropped.
-traffic.py holds the byte formula, baselines.py the baselines, summary.py the schema of a row.
+programs.py has what is run, baselines.py the ways without, traffic.py the byte formula and ceiling, summary.py the schema of a row.
+On GPUs every case and way to launch (one by one, as a CUDA graph) is a process of its own; one that ends badly is recorded as failed.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import itertools
+import json
 import math
+import os
+import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from cases import CASES, MODELS, Case
 from cases import case as case_named
-from jax.sharding import NamedSharding
 
-import jax_ep
-from benchmarks import timing, traffic
+from benchmarks import ROOT, timing, traffic
 from benchmarks.baselines import BASELINES
+from benchmarks.programs import OPERATIONS, Program, Setting, absent, baseline_programs, jax_ep_programs
+from benchmarks.summary import KEYS
 
 LAYOUTS = ("expert", "rank", "batched")
-OPERATIONS = ("dispatch", "dispatch_cached", "combine", "combine_weighted", "pair")
-HEADROOM = 1.25
+MODES = ("high_throughput", "low_latency", "auto")
+GRAPH_FLAGS = "--xla_gpu_enable_command_buffer=+CUSTOM_CALL --xla_gpu_graph_min_graph_size=1"
+FEW_TOKENS = 512  # up to here a case is a decode step: many calls, many samples
 
 Row = dict[str, Any]
-Program = tuple[str, Callable[..., Any], tuple[Any, ...]]  # operation, function of global arrays, arguments
-
-
-# ---- what is run -----------------------------------------------------------------------------------------------------
-
-
-@dataclasses.dataclass(frozen=True)
-class Setting:
-    """A case on a mesh, with its inputs."""
-
-    case: Case
-    mesh: jax.sharding.Mesh
-    topk_idx: np.ndarray  # s32[R, T, K]
-
-    @classmethod
-    def of(cls, case: Case, seed: int = 0) -> Setting:
-        """On as many of the devices as the case asks for, or can use."""
-        ranks = min(case.num_ranks, jax.device_count())
-        while case.num_experts % ranks:
-            ranks -= 1
-        if ranks != case.num_ranks:
-            case = dataclasses.replace(case, num_ranks=ranks, axes=())
-        names, sizes = zip(*case.mesh_axes, strict=True)
-        mesh = jax.sharding.Mesh(np.array(jax.devices()[:ranks]).reshape(sizes), names)
-        scores = np.random.default_rng(seed).random((ranks, case.num_tokens, case.num_experts), np.float32)
-        topk_idx = np.argsort(scores, axis=-1)[..., : case.num_topk].astype(np.int32)
-        return cls(case, mesh, topk_idx)
-
-    def in_layout(self, layout: str) -> Setting:
-        """The same with another layout and rows enough for it."""
-        capacity = capacities(dataclasses.replace(self.case, layout=layout), self.topk_idx)
-        return dataclasses.replace(self, case=dataclasses.replace(self.case, layout=layout, **capacity))
-
-    def on_every_rank(self, f: Callable[..., Any]) -> Callable[..., Any]:
-        """f for one rank -> a function of global arrays, [R * n, ...]."""
-        spec = jax.P(self.case.axis_name)
-        return jax.shard_map(f, mesh=self.mesh, in_specs=spec, out_specs=spec)
-
-    def inputs(self) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """x [R * T, H], topk_idx s32[R * T, K], weights f32[R * T, K]."""
-        sharding = NamedSharding(self.mesh, jax.P(self.case.axis_name))
-        idx = self.topk_idx.reshape(-1, self.case.num_topk)
-        make = jax.jit(jax.random.normal, static_argnums=(1, 2), out_shardings=sharding)
-        x = make(jax.random.key(0), (len(idx), self.case.hidden), jnp.dtype(self.case.dtype))
-        weights = make(jax.random.key(1), idx.shape, jnp.dtype("float32"))
-        return x, jax.make_array_from_callback(idx.shape, sharding, lambda index: idx[index]), weights
-
-
-def capacities(case: Case, topk_idx: np.ndarray) -> dict[str, int | None]:
-    """max_recv_tokens and expert_capacity that drop nothing."""
-    per_expert = np.bincount(topk_idx.reshape(-1), minlength=case.num_experts)
-    if case.layout == "batched":
-        load = per_expert
-    elif case.layout == "expert":
-        aligned = -(-per_expert // case.expert_alignment) * case.expert_alignment
-        load = aligned.reshape(case.num_ranks, -1).sum(axis=1)
-    else:
-        owner = (topk_idx // case.num_local_experts).reshape(-1, case.num_topk)
-        load = np.array([(owner == rank).any(axis=1).sum() for rank in range(case.num_ranks)])
-    enough = max(int(load.max(initial=0)), math.ceil(HEADROOM * load.mean()))
-    if case.layout == "batched":
-        return {"max_recv_tokens": None, "expert_capacity": enough}
-    return {"max_recv_tokens": enough, "expert_capacity": None}
-
-
-def programs(
-    setting: Setting, operations: Sequence[str], wire: str | None, mode: str, num_sms: int | None
-) -> Iterator[Program]:
-    """jax_ep's operations."""
-    case = setting.case
-    weighted = case.layout != "rank"
-
-    def dispatch(x: jax.Array, topk_idx: jax.Array, weights: jax.Array) -> Any:
-        return jax_ep.dispatch(
-            x,
-            topk_idx,
-            weights,
-            axis_name=case.axis_name,
-            num_experts=case.num_experts,
-            layout=case.layout,
-            max_recv_tokens=case.max_recv_tokens,
-            expert_alignment=case.expert_alignment,
-            expert_capacity=case.expert_capacity,
-            wire=wire,
-            mode=mode,
-            num_sms=num_sms,
-        )
-
-    def rows(recv: jax_ep.Dispatched) -> jax.Array:
-        return jax_ep.dequantize(recv.x) if isinstance(recv.x, jax_ep.Quantized) else recv.x
-
-    def pair(x: jax.Array, topk_idx: jax.Array, weights: jax.Array) -> jax.Array:
-        recv, handle = dispatch(x, topk_idx, weights)
-        return jax_ep.combine(rows(recv), handle, recv.weights if weighted else None)
-
-    inputs = setting.inputs()
-    if "dispatch" in operations:
-        yield "dispatch", setting.on_every_rank(dispatch), inputs
-    recv, handle = timing.compiled(setting.on_every_rank(dispatch), *inputs)(*inputs)
-    if "dispatch_cached" in operations and wire is None:
-        yield "dispatch_cached", setting.on_every_rank(jax_ep.dispatch_cached), (inputs[0], handle)
-    y, gates = jax.jit(setting.on_every_rank(rows))(recv), recv.weights
-    del recv
-    if "combine" in operations:
-        yield "combine", setting.on_every_rank(jax_ep.combine), (y, handle)
-    if "combine_weighted" in operations and weighted:
-        yield "combine_weighted", setting.on_every_rank(jax_ep.combine), (y, handle, gates)
-    del y, handle, gates
-    if "pair" in operations:
-        yield "pair", setting.on_every_rank(pair), inputs
-
-
-def baseline_programs(setting: Setting, name: str, operations: Sequence[str]) -> Iterator[Program]:
-    """A baseline's dispatch, combine and pair."""
-    parts = BASELINES[name](setting.case)
-
-    def pair(x: jax.Array, topk_idx: jax.Array) -> jax.Array:
-        return parts["combine"](*parts["dispatch"](x, topk_idx))
-
-    x, topk_idx, _ = setting.inputs()
-    dispatch = setting.on_every_rank(parts["dispatch"])
-    if "dispatch" in operations:
-        yield "dispatch", dispatch, (x, topk_idx)
-    if "combine" in operations:
-        yield "combine", setting.on_every_rank(parts["combine"]), jax.jit(dispatch)(x, topk_idx)
-    if "pair" in operations:
-        yield "pair", setting.on_every_rank(pair), (x, topk_idx)
 
 
 # ---- rows ------------------------------------------------------------------------------------------------------------
 
 
 def crossing_bytes(setting: Setting, operation: str, wire: str | None) -> list[np.ndarray]:
-    """f64[R, R] bytes from rank to rank, for each of an operation's exchanges, one after the other."""
-    rows = traffic.rows_crossing(setting.case, setting.topk_idx).astype(np.float64)
-    out = rows * traffic.row_bytes(setting.case, wire)
-    back = rows.T * traffic.row_bytes(setting.case, None)
-    return {"dispatch": [out], "dispatch_cached": [out], "pair": [out, back]}.get(operation, [back])
+    """f64[R, R] bytes from rank to rank, for each of an operation's exchanges, one after the other; the mean over the calls."""
+    case = setting.case
+    routings = setting.topk_idx if operation in ("dispatch", "pair", "moe", "moe_gradient") else setting.topk_idx[:1]
+    rows = np.mean([traffic.rows_crossing(case, topk_idx) for topk_idx in routings], axis=0)
+    out, back = rows * traffic.row_bytes(case, wire), rows.T * traffic.row_bytes(case, None)
+    if operation == "moe_gradient":  # the same again for cotangents, which travel in x's dtype
+        return [out, back, back.T, back]
+    if operation in ("pair", "cached_pair", "moe"):
+        return [out, back]
+    return [out] if operation.startswith("dispatch") else [back]
 
 
 def row(
-    setting: Setting,
-    operation: str,
-    by: str,
-    wire: str | None,
-    timed: timing.Timing,
-    ceiling: traffic.Ceiling,
-    **more: Any,
-) -> Row:
+    setting: Setting, operation: str, by: str, wire: str | None, timed: timing.Timing | None, error: str | None = None,
+    sms: int | None = None, mode: str | None = None, graph: bool = False,
+) -> Row:  # fmt: skip
     """What is recorded of a measurement."""
     case, exchanges = setting.case, crossing_bytes(setting, operation, wire)
+    ceiling = traffic.measure_ceiling(setting.mesh, traffic.row_bytes(case, wire), sms)
     ceiling_us = sum(ceiling.us(exchange) for exchange in exchanges)
     ours = by == "jax_ep"
+    on_cpu = setting.mesh.devices.flat[0].platform == "cpu"
     return {
         "case": case.name,
         "operation": operation,
+        "level": "jit" if setting.calls > 1 else "program",
         "by": by,
         "layout": case.layout if ours else None,
         "wire": wire,
-        "mode": None,
+        "mode": ("reference" if on_cpu else mode) if ours else None,
+        "routing": "uniform",
         "dtype": case.dtype,
         "tokens": case.num_tokens,
         "hidden": case.hidden,
@@ -198,44 +83,109 @@ def row(
         "experts": case.num_experts,
         "ranks": case.num_ranks,
         "processes": jax.process_count(),
-        "sms": None,
-        "us": timed.median,
-        "p10_us": timed.p10,
-        "p90_us": timed.p90,
-        "samples": timed.samples,
+        "gpus": None if on_cpu else case.num_ranks,
+        "sms": sms,
+        "graph": graph,
+        "calls": setting.calls,
+        **(timed.columns if timed else {"us": None}),
+        "expert_hidden": setting.expert_hidden if operation.startswith("moe") else None,
         "max_recv_tokens": case.max_recv_tokens if ours else None,
         "expert_capacity": case.expert_capacity if ours else None,
         "crossing_bytes": int(sum(exchange.sum() for exchange in exchanges)),
         "ceiling": f"{ceiling.name}, {ceiling.bytes_per_second / 1e9:.1f} GB/s",
         "ceiling_us": round(ceiling_us, 3) if ceiling_us else None,
-        "ratio": round(timed.median / ceiling_us, 2) if ceiling_us else None,
-        **more,
+        "ratio": round(timed.median / ceiling_us, 2) if timed and ceiling_us else None,
+        "error": error,
         **timing.origin(),
     }
 
 
-def measure(options: argparse.Namespace) -> Iterator[Row]:
-    """All rows, as they are measured."""
-    ceiling = traffic.measure_ceiling(jax.sharding.Mesh(np.array(jax.devices()), ("rank",)))
+def timed(program: Program, setting: Setting, options: argparse.Namespace) -> tuple[timing.Timing | None, str | None]:
+    """µs a call of the chain, or why there are none: one program that fails does not end the others."""
+    _, f, args = program
+    few = setting.case.num_tokens <= FEW_TOKENS
+    samples = options.samples or (200 if few else 20)
+    try:
+        run = timing.compiled(f, *args)
+        measured = timing.measure(run, *args, samples=samples, calls=options.programs, budget_s=options.case_budget_s)
+    except (jax.errors.JaxRuntimeError, NotImplementedError) as error:
+        return None, f"failed: {str(error).splitlines()[0][:300]}"
+    return measured.over(setting.calls), None
+
+
+def measure_case(case: Case, options: argparse.Namespace, graph: bool) -> Iterator[Row]:
+    """All rows of a case, as they are measured, in this process."""
     on_cpu = jax.devices()[0].platform == "cpu"
-    mode = "reference" if on_cpu else options.mode
-    for name in options.cases:
-        setting = Setting.of(case_named(name))
-        for layout in options.layouts:
-            ours = setting.in_layout(layout)
-            for wire in options.wires:
-                for operation, f, args in programs(ours, options.operations, wire, options.mode, options.num_sms):
-                    timed = timing.measure(timing.compiled(f, *args), *args, samples=options.samples)
-                    yield row(ours, operation, "jax_ep", wire, timed, ceiling, mode=mode, sms=options.num_sms)
-        for baseline in BASELINES:
-            for operation, f, args in baseline_programs(setting, baseline, options.operations):
-                timed = timing.measure(timing.compiled(f, *args), *args, samples=options.samples)
-                yield row(setting, operation, baseline, None, timed, ceiling)
+    # A chain of the reference would share its all_gather, so there a program has one call.
+    calls = options.calls or (1 if on_cpu else 32 if case.num_tokens <= FEW_TOKENS else 8)
+    setting = Setting.of(case, calls, expert_hidden=options.expert_hidden or (16 if on_cpu else 512))
+    in_expert_order = setting.in_layout("expert")
+    over = f"skipped: --budget-s {options.budget_s:g} is over"
+    modes = options.modes[:1] if on_cpu else options.modes
+    for layout, wire, mode, sms in itertools.product(options.layouts, options.wires, modes, options.num_sms):
+        ours = setting.in_layout(layout)
+        if time.monotonic() > options.deadline:
+            for operation in set(options.operations) - absent(layout, wire):
+                yield row(ours, operation, "jax_ep", wire, None, over, sms, mode, graph)
+            continue
+        for program in jax_ep_programs(ours, options.operations, wire, mode, sms):
+            took, error = timed(program, ours, options)
+            yield row(ours, program[0], "jax_ep", wire, took, error, sms, mode, graph)
+    for name in options.baselines:
+        if on_cpu and name == "ragged_all_to_all":  # XLA:CPU has none
+            continue
+        if time.monotonic() > options.deadline:
+            yield row(in_expert_order, "pair", name, None, None, over, graph=graph)
+            continue
+        for program in baseline_programs(in_expert_order, name, options.operations):
+            took, error = timed(program, setting, options)
+            yield row(in_expert_order, program[0], name, None, took, error, graph=graph)
+
+
+# ---- processes -------------------------------------------------------------------------------------------------------
+
+
+def measure_apart(case: Case, options: argparse.Namespace, graph: bool, arguments: Sequence[str]) -> list[Row]:
+    """The same in a process of its own; what it measured before it ended badly is kept."""
+    flags = f"{os.environ.get('XLA_FLAGS', '')} {GRAPH_FLAGS}".strip() if graph else os.environ.get("XLA_FLAGS", "")
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "rows.json"
+        which = ["--only", case.name, str(case.num_tokens), "graph" if graph else "stream", "--out", str(out)]
+        left = ["--budget-s", str(options.deadline - time.monotonic())] if math.isfinite(options.deadline) else []
+        command = [sys.executable, "-m", "benchmarks.exchange", *arguments, *which, *left]
+        try:
+            status = subprocess.run(
+                command, cwd=ROOT, env=os.environ | {"XLA_FLAGS": flags}, timeout=options.process_timeout, check=False
+            ).returncode
+            ended = f"ended with status {status}"
+        except subprocess.TimeoutExpired:
+            status, ended = 1, f"not done after {options.process_timeout:g} s"
+        rows: list[Row] = json.loads(out.read_text()) if out.exists() else []
+    rows = [row | {"command": timing.command()} for row in rows]
+    if status:
+        print(f"{case.name}: {ended}", file=sys.stderr)
+        unknown = dict.fromkeys(KEYS) | {"case": case.name, "tokens": case.num_tokens} | timing.origin("unknown")
+        like = rows[-1] if rows else unknown
+        blank = dict.fromkeys(("us", "ceiling_us", "ratio", "operation", "layout", "by"))
+        rows.append(like | blank | {"graph": graph, "error": f"failed: the process {ended}"})
+    return rows
+
+
+def selected(options: argparse.Namespace) -> list[Case]:
+    """The cases named, with each number of tokens that is asked for."""
+    cases = [case_named(name) for name in options.cases]
+    return list(
+        dict.fromkeys(
+            dataclasses.replace(case, name=case.name.split("/")[0] if options.tokens else case.name, num_tokens=tokens)
+            for case in cases
+            for tokens in options.tokens or [case.num_tokens]
+        )
+    )
 
 
 # ---- the table -------------------------------------------------------------------------------------------------------
 
-COLUMNS = ("operation", "by", "us", "p10-p90", "x ceiling", "GB/s")
+COLUMNS = ("operation", "by", "us", "p10-p99", "x ceiling", "GB/s")
 
 
 def table(rows: Sequence[Row]) -> list[tuple[str, ...]]:
@@ -244,33 +194,41 @@ def table(rows: Sequence[Row]) -> list[tuple[str, ...]]:
     for operation in OPERATIONS:
         section = [row for row in rows if row["operation"] == operation]
         for row in section:
-            by = ", ".join(filter(None, (row["by"], row["layout"], row["wire"])))
-            spread = f"{row['p10_us']:.0f}-{row['p90_us']:.0f}"
+            if row["error"]:
+                lines.append((operation, _who(row), row["error"], "", "", ""))
+                continue
+            spread = f"{row['p10_us']:.0f}-{row['p99_us']:.0f}"
             ratio = f"{row['ratio']:.1f}" if row["ratio"] else ""
-            lines.append((operation, by, f"{row['us']:.0f}", spread, ratio, _speed(row, "us")))
+            us = f"{row['us']:.1f}"
+            lines.append((operation, _who(row), us, spread, ratio, _speed(row, "us")))
         for wire in dict.fromkeys(row["wire"] for row in section):
-            row = next(row for row in section if row["wire"] == wire)
-            if row["ceiling_us"]:
+            row = next((row for row in section if row["wire"] == wire and row["ceiling_us"]), None)
+            if row is not None:
                 by = ", ".join(filter(None, ("speed of light", wire)))
-                lines.append((operation, by, f"{row['ceiling_us']:.0f}", "", "1.0", _speed(row, "ceiling_us")))
+                lines.append((operation, by, f"{row['ceiling_us']:.1f}", "", "1.0", _speed(row, "ceiling_us")))
     return lines
 
 
+def _who(row: Row) -> str:
+    mode = row["mode"] if row["mode"] not in ("auto", "reference") else None
+    return ", ".join(filter(None, (row["by"], row["layout"], row["wire"], mode, "graph" if row["graph"] else None)))
+
+
 def _speed(row: Row, us: str) -> str:
-    return f"{row['crossing_bytes'] / row[us] / 1e3:.2f}"
+    return f"{row['crossing_bytes'] / row[us] / 1e3:.2f}" if row["crossing_bytes"] else ""
 
 
 def title(row: Row) -> str:
     """The case of a row and what the speed of light is taken from."""
     sizes = " ".join(f"{row[key]} {key}" for key in ("ranks", "tokens", "hidden", "topk", "experts"))
-    return f"{row['case']}: {sizes} {row['dtype']} ({row['mode']}; ceiling: {row['ceiling']})"
+    return f"{row['case']}: {sizes} {row['dtype']} ({row['level']}; ceiling: {row.get('ceiling')})"
 
 
 def show(rows: Sequence[Row]) -> None:
     """Prints a table a case, with rich where it is installed."""
-    print(timing.machine())
-    for name in dict.fromkeys(row["case"] for row in rows):
-        of_case = [row for row in rows if row["case"] == name]
+    print(rows[0]["machine"] if rows else "nothing was measured")
+    for case in dict.fromkeys((row["case"], row["tokens"]) for row in rows):
+        of_case = [row for row in rows if (row["case"], row["tokens"]) == case]
         _draw(title(of_case[0]), table(of_case))
 
 
@@ -297,42 +255,87 @@ def _draw(heading: str, lines: list[tuple[str, ...]]) -> None:
     Console().print(drawn)
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Measures, prints, and records where --out says."""
+def parse(arguments: Sequence[str]) -> argparse.Namespace:
+    """The options; "none" is None."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.exchange", description=__doc__.split("\n", maxsplit=1)[0]
     )
-    decode = [case.name for case in MODELS if case.name.endswith("/decode")]
+    some = ["deepseek-v3/decode", "deepseek-v3/prefill"]
     parser.add_argument(
         "--cases",
         nargs="+",
-        default=decode,
+        default=some,
         metavar="NAME",
         choices=[case.name for case in CASES],
-        help="of tests/cases.py (default: the models' decode steps)",
+        help=f"of tests/cases.py: {', '.join(case.name for case in MODELS)} and the tests' (default: {' '.join(some)})",
     )
+    parser.add_argument("--tokens", nargs="+", type=int, help="a rank, instead of the cases' own")
     parser.add_argument("--layouts", nargs="+", default=LAYOUTS, choices=LAYOUTS)
     parser.add_argument("--operations", nargs="+", default=OPERATIONS, choices=OPERATIONS)
-    parser.add_argument("--wires", nargs="+", default=["none"], choices=["none", *traffic.SCALE_BYTES])
-    parser.add_argument("--mode", default="auto", choices=["auto", "high_throughput", "low_latency"])
-    parser.add_argument("--num-sms", type=int, help="upper bound for the multiprocessors of a kernel")
-    parser.add_argument("--samples", type=int, default=20, help="timed calls (default 20)")
+    parser.add_argument("--wires", nargs="+", default=["none", "fp8"], choices=["none", *traffic.SCALE_BYTES])
+    parser.add_argument("--modes", nargs="+", default=["auto"], choices=MODES)
+    parser.add_argument(
+        "--num-sms", nargs="+", default=["none"], help='bounds for the multiprocessors of a kernel, or "none"'
+    )
+    parser.add_argument("--baselines", nargs="*", default=list(BASELINES), choices=list(BASELINES))
+    parser.add_argument("--launch", nargs="+", choices=["stream", "graph"], help="default: both on GPUs")
+    parser.add_argument("--calls", type=int, help="in one program (default: 32 up to 512 tokens, 8 above, 1 on CPU)")
+    parser.add_argument("--programs", type=int, default=2, help="launched in a row for one sample (default 2)")
+    parser.add_argument("--samples", type=int, help="default: 200 up to 512 tokens, 20 above")
+    parser.add_argument("--case-budget-s", type=float, default=5, help="seconds for the samples of a row (default 5)")
+    parser.add_argument("--budget-s", type=float, default=math.inf, help="seconds after which nothing new is begun")
+    parser.add_argument("--process-timeout", type=float, default=900, help="seconds for a case (default 900)")
+    parser.add_argument("--expert-hidden", type=int, help="inner width of the layers' experts (default 512, on CPU 16)")
     parser.add_argument("--cpu-devices", type=int, help="run on this many virtual CPU devices")
-    parser.add_argument("--out", help="JSON file to write the rows to")
+    parser.add_argument("--only", nargs=3, metavar=("CASE", "TOKENS", "LAUNCH"), help=argparse.SUPPRESS)
+    parser.add_argument("--out", help="JSON file to write the rows to, as they come")
+    parser.add_argument(
+        "--quick", action="store_true", help='"expert" and "rank", no wire, fewer operations and samples'
+    )
     options = parser.parse_args(arguments)
+    if options.quick:
+        options.layouts, options.wires, options.case_budget_s = LAYOUTS[:2], ["none"], 1.5
+        options.operations = ("dispatch", "combine", "pair", "moe")
+    options.deadline = time.monotonic() + options.budget_s
     options.wires = [None if wire == "none" else wire for wire in options.wires]
-    if options.cpu_devices:
-        jax.config.update("jax_platforms", "cpu")
-        jax.config.update("jax_num_cpu_devices", options.cpu_devices)
-    rows = []
-    for measured in measure(options):
-        rows.append(measured)
-        print(
-            f"{measured['case']} {measured['operation']} {measured['by']} {measured['layout'] or ''}", file=sys.stderr
-        )
-    show(rows)
-    if options.out and jax.process_index() == 0:
-        timing.write(options.out, rows)
+    options.num_sms = [None if number == "none" else int(number) for number in options.num_sms]
+    return options
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Measures, prints, and records where --out says."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    options = parse(arguments)
+    rows: list[Row] = []
+
+    def keep(more: Sequence[Row]) -> None:
+        rows.extend(more)
+        if options.out:
+            timing.write(options.out, rows)
+
+    gpus = not options.cpu_devices and Path("/proc/driver/nvidia/version").exists()
+    launches = options.launch or (["stream", "graph"] if gpus else ["stream"])
+    if options.only or launches == ["stream"]:
+        if options.cpu_devices:
+            jax.config.update("jax_platforms", "cpu")
+            jax.config.update("jax_num_cpu_devices", options.cpu_devices)
+        cases = [(case, launches[0] == "graph") for case in selected(options)]
+        if options.only:
+            name, tokens, launch = options.only
+            cases = [
+                (case, launch == "graph") for case, _ in cases if (case.name, str(case.num_tokens)) == (name, tokens)
+            ]
+        for case, graph in cases:
+            for measured in measure_case(case, options, graph):
+                if jax.process_index() == 0:
+                    keep([measured])
+                    print(f"{case.name} {measured['operation']} {_who(measured)}", file=sys.stderr, flush=True)
+    else:
+        for case in selected(options):
+            for launch in launches:
+                keep(measure_apart(case, options, launch == "graph", arguments))
+    if not options.only:
+        show(rows)
     return 0
 
 

@@ -9,16 +9,19 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 RESULTS = Path(__file__).resolve().parent / "results"
 
 KEYS = (
-    "case",  # of tests/cases.py
-    "operation",  # dispatch, dispatch_cached, combine, combine_weighted, pair (dispatch, then weighted combine, in one jit)
-    "by",  # jax_ep, or the baseline that does the same job: all_gather+psum_scatter, all_to_all
+    "case",  # of tests/cases.py, or its model where `tokens` is another number
+    "operation",  # dispatch, dispatch_cached, combine, combine_weighted, pair (both), cached_pair, moe, moe_gradient
+    "level",  # kernel: without XLA; jit: one of many chained in one program; program: one a program, with JAX's own dispatch
+    "by",  # jax_ep, or the baseline that does the same job: see baselines.py
     "layout",  # of the case; null for a baseline
     "wire",  # null: x's dtype
     "mode",  # reference, high_throughput, low_latency, auto; null for a baseline
+    "routing",  # uniform, skewed: see traffic.py
     "dtype",
     "tokens",  # a rank
     "hidden",
@@ -26,24 +29,28 @@ KEYS = (
     "experts",
     "ranks",
     "processes",
+    "gpus",  # null on CPU; fewer than ranks where several share one
     "sms",  # the bound given to the kernel; null: none
-    "us",  # median of whole calls, on the slowest rank
+    "graph",  # replayed as a CUDA graph
+    "us",  # median of whole calls, on the slowest rank; null where `error` says why
     "ceiling_us",  # the bytes that must cross the link, over the measured ceiling; null where none must
     "ratio",  # us / ceiling_us
+    "error",  # null, or why there is no time: "failed: ...", "skipped: ..."
     "commit",
     "date",
     "machine",
 )
 
 
+def read(paths: Sequence[Path] = ()) -> list[dict[str, Any]]:
+    """The rows of the files named, or of all in benchmarks/results."""
+    return [row for path in paths or sorted(RESULTS.glob("*.json")) for row in json.loads(path.read_text())]
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Prints the rows of the files named, or of all."""
-    paths = [Path(path) for path in (sys.argv[1:] if arguments is None else arguments)] or sorted(
-        RESULTS.glob("*.json")
-    )
-    for path in paths:
-        for row in json.loads(path.read_text()):
-            print(json.dumps({key: row[key] for key in KEYS}))
+    for row in read([Path(path) for path in (sys.argv[1:] if arguments is None else arguments)]):
+        print(json.dumps({key: row[key] for key in KEYS}))
     return 0
 
 

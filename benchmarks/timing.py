@@ -10,6 +10,7 @@ import datetime
 import functools
 import importlib.metadata
 import json
+import math
 import os
 import platform
 import shlex
@@ -33,13 +34,30 @@ class Timing:
     median: float
     p10: float
     p90: float
+    p99: float
     samples: int
 
     @classmethod
     def of(cls, seconds: Sequence[float] | np.ndarray) -> Timing:
         """From each sample's seconds a call."""
-        p10, median, p90 = np.percentile(np.asarray(seconds) * 1e6, [10, 50, 90])
-        return cls(round(float(median), 2), round(float(p10), 2), round(float(p90), 2), len(seconds))
+        p10, median, p90, p99 = np.percentile(np.asarray(seconds) * 1e6, [10, 50, 90, 99])
+        return cls(*(round(float(us), 2) for us in (median, p10, p90, p99)), len(seconds))
+
+    def over(self, calls: int) -> Timing:
+        """Of each of `calls` calls that were timed as one."""
+        parts = (round(us / calls, 2) for us in (self.median, self.p10, self.p90, self.p99))
+        return Timing(*parts, self.samples)
+
+    @property
+    def columns(self) -> dict[str, float]:
+        """As rows are recorded."""
+        return {
+            "us": self.median,
+            "p10_us": self.p10,
+            "p90_us": self.p90,
+            "p99_us": self.p99,
+            "samples": self.samples,
+        }
 
 
 def compiled(f: Callable[..., Any], *args: Any) -> Callable[..., Any]:
@@ -47,17 +65,25 @@ def compiled(f: Callable[..., Any], *args: Any) -> Callable[..., Any]:
     return jax.jit(f).lower(*args).compile()
 
 
-def measure(f: Callable[..., Any], *args: Any, samples: int = 20, warmup: int = 3, calls: int = 1) -> Timing:
-    """Times `f`, already compiled; a sample is `calls` calls launched in a row and waited for together."""
+def measure(
+    f: Callable[..., Any], *args: Any, samples: int = 20, warmup: int = 3, calls: int = 1, budget_s: float = math.inf
+) -> Timing:
+    """Times `f`, already compiled; a sample is `calls` calls launched in a row and waited for together.
+
+    As many samples as fit into budget_s seconds, but three.
+    """
     for _ in range(warmup):
         jax.block_until_ready(f(*args))
-    seconds = []
-    for _ in range(samples):
+    seconds: list[float] = []
+    while len(seconds) < samples:
         start = time.perf_counter()
         results = [f(*args) for _ in range(calls)]
         jax.block_until_ready(results)
         seconds.append((time.perf_counter() - start) / calls)
         del results
+        if len(seconds) == 1:  # all processes take the same number of samples
+            longest = float(of_slowest_process(np.array(seconds))[0]) * calls
+            samples = min(samples, max(3, int(budget_s / longest))) if math.isfinite(budget_s) else samples
     return Timing.of(of_slowest_process(np.array(seconds)))
 
 
@@ -71,15 +97,15 @@ def of_slowest_process(seconds: np.ndarray) -> np.ndarray:
 
 
 @functools.cache
-def origin() -> dict[str, Any]:
-    """Where and with what a row was measured; JAX_EP_COMMIT names the commit where there is no git."""
+def origin(on: str | None = None) -> dict[str, Any]:
+    """Where (or `on` the machine that is named) and with what a row was measured; JAX_EP_COMMIT names the commit where there is no git."""
     return {
-        "machine": machine(),
+        "machine": on or machine(),
         "commit": os.environ.get("JAX_EP_COMMIT") or _git("rev-parse", "--short=12", "HEAD"),
         "dirty": bool(_git("status", "--porcelain", "--untracked-files=no")),
         "date": datetime.date.today().isoformat(),
-        "versions": {name: importlib.metadata.version(name) for name in ("jax-ep", "jax", "jaxlib")},
-        "command": _command(),
+        "versions": {name: _version(name) for name in ("jax-ep", "jax", "jaxlib")},
+        "command": command(),
     }
 
 
@@ -100,7 +126,14 @@ def write(path: str | Path, rows: Sequence[dict[str, Any]]) -> None:
     path.write_text("[\n" + ",\n".join(json.dumps(row) for row in rows) + "\n]\n")
 
 
-def _command() -> str:
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def command() -> str:
     """What was typed; flags that make virtual devices belong to it."""
     flags = os.environ.get("XLA_FLAGS")
     module = sys.modules["__main__"].__spec__

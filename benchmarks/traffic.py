@@ -1,4 +1,4 @@
-"""The speed of light of an exchange: the bytes that must cross the link, over a ceiling measured in the same run.
+"""Routings, and the speed of light of their exchange: the bytes that must cross the link, over a ceiling measured in the same run.
 
     dispatch   one row a (token, rank) that holds one of its experts: sum over tokens, ranks r != own, of bytes(x row)
     combine    one row back for each of them:                                                             bytes(y row)
@@ -10,9 +10,12 @@ from __future__ import annotations
 
 import concurrent.futures
 import dataclasses
+import functools
 import math
 import os
+import subprocess
 import time
+import warnings
 
 import jax
 import jax.numpy as jnp
@@ -20,9 +23,47 @@ import numpy as np
 from cases import Case
 from jax import lax
 
-from benchmarks import timing
+from benchmarks import native, timing
+
+MULTIPROCESSORS = 64  # of a ceiling without a bound: more push no faster
+HEADROOM = 1.25  # rows that there are room for, of those expected
+ROUTINGS = ("uniform", "skewed")
+SKEW = 0.5  # exponent of Zipf's law over the experts
 
 SCALE_BYTES = {"fp8": (128, 4), "fp8_ue8m0": (128, 1), "mxfp8": (32, 1)}  # columns a scale, bytes a scale
+
+
+def draw_routing(case: Case, routing: str, seed: int) -> np.ndarray:
+    """s32[R, T, K], distinct experts a token, at random; "skewed": the i-th most wanted expert is wanted as i ** -SKEW."""
+    random = np.random.default_rng(seed)
+    scores = random.random((case.num_ranks, case.num_tokens, case.num_experts), np.float32)
+    if (
+        routing == "skewed"
+    ):  # exponential variates over their rates: the smallest are a draw by weight without replacement
+        rates = random.permutation(np.arange(1, case.num_experts + 1, dtype=np.float32) ** -SKEW)
+        scores = -np.log1p(-scores) / rates
+    if case.num_topk < case.num_experts:
+        scores = np.argpartition(scores, case.num_topk, axis=-1)[..., : case.num_topk]
+    else:
+        scores = np.argsort(scores, axis=-1)
+    return random.permuted(scores, axis=-1).astype(np.int32)
+
+
+def capacities(case: Case, topk_idx: np.ndarray) -> dict[str, int | None]:
+    """max_recv_tokens and expert_capacity that drop nothing."""
+    per_expert = np.bincount(topk_idx.reshape(-1), minlength=case.num_experts)
+    if case.layout == "batched":
+        load = per_expert
+    elif case.layout == "expert":
+        aligned = -(-per_expert // case.expert_alignment) * case.expert_alignment
+        load = aligned.reshape(case.num_ranks, -1).sum(axis=1)
+    else:
+        owner = (topk_idx // case.num_local_experts).reshape(-1, case.num_topk)
+        load = np.array([(owner == rank).any(axis=1).sum() for rank in range(case.num_ranks)])
+    enough = max(int(load.max(initial=0)), math.ceil(HEADROOM * load.mean()))
+    if case.layout == "batched":
+        return {"max_recv_tokens": None, "expert_capacity": enough}
+    return {"max_recv_tokens": enough, "expert_capacity": None}
 
 
 def row_bytes(case: Case, wire: str | None) -> int:
@@ -55,13 +96,29 @@ class Ceiling:
         return float(crossing_bytes.sum() if self.shared else busiest_link) / self.bytes_per_second * 1e6
 
 
-def measure_ceiling(mesh: jax.sharding.Mesh) -> Ceiling:
-    """CPU: memcpy on all cores at once. Else: a collective permute of 256 MiB from each rank to the next."""
+def measure_ceiling(mesh: jax.sharding.Mesh, num_bytes: int, sms: int | None = None) -> Ceiling:
+    """CPU: memcpy on all cores at once. GPUs: what `sms` multiprocessors push to all peers in rows of num_bytes (p2p_ceiling.cu),
+    or where it cannot be built or run, a collective permute.
+    """
     if mesh.devices.flat[0].platform == "cpu":
         return Ceiling("memcpy", memcpy_bytes_per_second(), shared=True)
-    return Ceiling("collective permute", permute_bytes_per_second(mesh), shared=False)
+    pushed = _push_ceiling(mesh.devices.size, sms or MULTIPROCESSORS, num_bytes // 16 * 16)
+    return pushed or Ceiling("collective permute", permute_bytes_per_second(mesh), shared=False)
 
 
+@functools.cache
+def _push_ceiling(gpus: int, sms: int, num_bytes: int) -> Ceiling | None:
+    if jax.process_count() > 1 or gpus < 2:  # every process would measure at once
+        return None
+    try:
+        (gigabytes,) = native.push_ceiling(gpus, (sms,), (num_bytes,)).values()
+    except (FileNotFoundError, RuntimeError, subprocess.SubprocessError) as error:
+        warnings.warn(f"benchmarks: the push ceiling is not to be had: {error}", stacklevel=2)
+        return None
+    return Ceiling(f"push, {sms} SMs, rows of {num_bytes} bytes", gigabytes * 1e9, shared=False)
+
+
+@functools.cache
 def memcpy_bytes_per_second(num_bytes: int = 1 << 28, repeats: int = 5) -> float:
     """Bytes copied a second, the best of several times; each core copies a part that is larger than its caches."""
     cores = len(os.sched_getaffinity(0))
@@ -75,6 +132,7 @@ def memcpy_bytes_per_second(num_bytes: int = 1 << 28, repeats: int = 5) -> float
     return sum(target.nbytes for _, target in parts) / min(seconds)
 
 
+@functools.cache
 def permute_bytes_per_second(mesh: jax.sharding.Mesh, num_bytes: int = 1 << 28) -> float:
     """Bytes a second that every rank sends to the next, all at once."""
     (axis,), num_ranks = mesh.axis_names, mesh.devices.size

@@ -2,9 +2,11 @@
 
 import importlib
 import json
+import re
 import sys
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -30,46 +32,134 @@ def read_summary(capsys, *paths):
 
 
 def measure(out, *options):
-    arguments = ["--cases", "expert", "--samples", "2", "--out", str(out), *options]
+    arguments = ["--cases", "expert", "--samples", "2", "--wires", "none", "--out", str(out), *options]
     assert module("exchange").main(arguments) == 0
 
 
 def test_measured_rows_reach_the_summary_and_the_table(tmp_path, capsys):
-    measure(
-        tmp_path / "tiny.json", "--layouts", "expert", "rank", "--operations", "dispatch", "combine_weighted", "pair"
-    )
+    operations = ("dispatch", "combine_weighted", "pair")
+    measure(tmp_path / "tiny.json", "--layouts", "expert", "rank", "--operations", *operations)
     assert "speed of light" in capsys.readouterr().out
     rows = read_summary(capsys, tmp_path / "tiny.json")
     measured = {(row["operation"], row["by"], row["layout"]) for row in rows}
     assert measured == {
-        *((operation, "jax_ep", "expert") for operation in ("dispatch", "combine_weighted", "pair")),
+        *((operation, "jax_ep", "expert") for operation in operations),
         *((operation, "jax_ep", "rank") for operation in ("dispatch", "pair")),
-        *(
-            (operation, by, None)
-            for operation in ("dispatch", "pair")
-            for by in ("all_gather+psum_scatter", "all_to_all")
-        ),
+        ("pair", "all_gather+psum_scatter", None),
+        *((operation, "all_to_all", None) for operation in ("dispatch", "pair")),
     }
     for row in rows:
         assert row["us"] > 0 and row["ratio"] == pytest.approx(row["us"] / row["ceiling_us"], abs=0.01, rel=0.1)
         assert (row["tokens"], row["hidden"], row["ranks"], row["processes"]) == (6, 16, 4, 1)
+        assert (row["level"], row["graph"], row["gpus"], row["error"]) == ("program", False, None, None)
 
 
 def test_a_wire_format_and_a_table_without_rich(tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "rich.console", None)
-    measure(tmp_path / "tiny.json", "--layouts", "expert", "--operations", "dispatch", "--wires", "fp8")
+    options = ["--layouts", "expert", "--operations", "dispatch", "--wires", "fp8", "--baselines", "--tokens", "3"]
+    measure(tmp_path / "tiny.json", *options)
     assert "dispatch   speed of light, fp8" in capsys.readouterr().out
-    assert {row["wire"] for row in read_summary(capsys, tmp_path / "tiny.json") if row["by"] == "jax_ep"} == {"fp8"}
+    (row,) = read_summary(capsys, tmp_path / "tiny.json")
+    assert (row["by"], row["wire"], row["tokens"], row["mode"]) == ("jax_ep", "fp8", 3, "reference")
 
 
-def test_baselines_bring_back_one_copy_for_each_rank_of_a_token():
-    setting = module("exchange").Setting.of(Case("by-hand", 5, 8, 2, 8, 4, dtype="float32"))
-    x, idx, _ = setting.inputs()
+def test_what_the_time_does_not_reach_is_recorded_as_skipped(tmp_path):
+    operations = ["pair", "combine_weighted", "moe"]
+    measure(tmp_path / "none.json", "--budget-s", "-1", "--operations", *operations, "--baselines", "all_to_all")
+    rows = json.loads((tmp_path / "none.json").read_text())
+    assert {(row["layout"], row["operation"]) for row in rows} == {
+        *((layout, operation) for layout in ("expert", "batched") for operation in operations),
+        ("rank", "pair"),
+        (None, "pair"),
+    }
+    assert {row["error"] for row in rows} == {"skipped: --budget-s -1 is over"} and not any(row["us"] for row in rows)
+
+
+def test_layers_by_groups_and_by_batches_are_the_same_layer():
+    programs = module("programs")
+    setting = programs.Setting.of(Case("layer", 6, 16, 2, 8, 4, dtype="float32"), expert_hidden=8)
+    for operation in ("moe", "moe_gradient"):
+        results = []
+        for layout in ("expert", "batched"):
+            ((_, f, arguments),) = programs.jax_ep_programs(setting.in_layout(layout), [operation])
+            results.append(jax.jit(f)(*arguments))
+        np.testing.assert_allclose(*results, rtol=1e-4, atol=1e-6)
+        assert np.abs(results[0]).max() > 0
+
+
+def test_each_way_to_launch_is_a_process_whose_bad_end_is_recorded(tmp_path, monkeypatch):
+    exchange = module("exchange")
+    options = ["--cpu-devices", "4", "--layouts", "rank", "--operations", "pair", "--baselines", "--calls", "2"]
+    measure(tmp_path / "both.json", "--launch", "stream", "graph", *options)
+    rows = json.loads((tmp_path / "both.json").read_text())
+    assert [(row["graph"], row["level"], row["calls"], row["error"]) for row in rows] == [
+        (False, "jit", 2, None),
+        (True, "jit", 2, None),
+    ]
+    assert "--only" not in rows[0]["command"]
+    monkeypatch.setattr(exchange, "GRAPH_FLAGS", "--no_such_flag_of_xla")
+    measure(tmp_path / "bad.json", "--launch", "graph", *options)
+    (row,) = json.loads((tmp_path / "bad.json").read_text())
+    assert row["error"].startswith("failed: the process ended with status") and row["us"] is None and row["graph"]
+    assert set(module("summary").KEYS) <= set(row)
+
+
+@pytest.mark.parametrize("layout", ["expert", "rank"])
+def test_chained_calls_compute_what_single_ones_do(layout):
+    """A pair brings each row back times the sum of its gates ("rank": times its ranks), so a chain of two has the product."""
+    programs = module("programs")
+    setting = programs.Setting.of(Case("by-hand", 5, 8, 2, 8, 4, dtype="float32"), calls=2).in_layout(layout)
+    x, weights, _ = setting.inputs()
+    ((_, pairs, arguments),) = programs.jax_ep_programs(setting, ["pair"])
+    if layout == "expert":
+        factors = [np.asarray(weights).sum(axis=1)] * 2
+    else:
+        factors = [[len(set(choices // 2)) for choices in idx.reshape(-1, 2)] for idx in setting.topk_idx]
+    np.testing.assert_allclose(jax.jit(pairs)(*arguments), x * np.prod(factors, axis=0)[:, None], rtol=1e-5)
+    assert (setting.topk_idx[0] != setting.topk_idx[1]).any()
+
+
+def emulated_ragged_all_to_all(rows, onto, input_offsets, send_sizes, output_offsets, recv_sizes, *, axis_name):
+    """By all_gather: XLA:CPU has no ragged_all_to_all."""
+    me = jax.lax.axis_index(axis_name)
+    everyones = (jax.lax.all_gather(array, axis_name) for array in (rows, input_offsets, send_sizes, output_offsets))
+    for rows, starts, sizes, places in zip(*everyones, strict=True):
+        row = jnp.arange(len(onto)) - places[me]
+        onto = jnp.where(((row >= 0) & (row < sizes[me]))[:, None], rows[starts[me] + row], onto)
+    del recv_sizes
+    return onto
+
+
+def test_baselines_bring_back_their_copies_of_a_token():
+    baselines = module("baselines")
+    setting = module("programs").Setting.of(Case("by-hand", 5, 8, 2, 8, 4, dtype="float32")).in_layout("expert")
+    x, _, (idx,) = setting.inputs()
     num_owners = [len(set(choices // 2)) for choices in np.asarray(idx)]
-    for name, copies in (("all_gather+psum_scatter", 4), ("all_to_all", np.array(num_owners)[:, None])):
-        parts = module("baselines").BASELINES[name](setting.case)
-        back = setting.on_every_rank(lambda *args, parts=parts: parts["combine"](*parts["dispatch"](*args)))(x, idx)
-        np.testing.assert_allclose(back, x * jnp.asarray(copies, x.dtype), rtol=1e-6)
+    ragged = baselines.ragged_all_to_all(setting.case, emulated_ragged_all_to_all)
+    made = {name: make(setting.case) for name, make in baselines.BASELINES.items()} | {"ragged_all_to_all": ragged}
+    copies = {"all_gather+psum_scatter": 4, "all_to_all": np.array(num_owners)[:, None], "ragged_all_to_all": 2}
+    for name, parts in made.items():
+        back = jax.jit(setting.on_every_rank(lambda *args, parts=parts: parts.combine(*parts.dispatch(*args))))(x, idx)
+        np.testing.assert_allclose(back, x * jnp.asarray(copies[name], x.dtype), rtol=1e-6)
+
+    def in_expert_order(x, idx):
+        rows, state = ragged.dispatch(x, idx)
+        return rows, ragged.group_sizes(state)
+
+    rows, sizes = jax.jit(setting.on_every_rank(in_expert_order))(x, idx)
+    capacity = setting.case.max_recv_tokens
+    for expert in range(8):
+        group = np.asarray(rows)[expert // 2 * capacity :][int(sizes[expert - expert % 2 : expert].sum()) :][
+            : sizes[expert]
+        ]
+        np.testing.assert_array_equal(group, np.asarray(x)[(np.asarray(idx) == expert).any(axis=1)])
+
+
+def test_the_way_of_ragged_all_to_all_lowers_for_gpus():
+    programs = module("programs")
+    setting = programs.Setting.of(Case("by-hand", 5, 8, 2, 8, 4), calls=2).in_layout("expert")
+    for _, f, arguments in programs.baseline_programs(setting, "ragged_all_to_all", ("pair", "moe", "moe_gradient")):
+        assert "ragged_all_to_all" in jax.jit(f).trace(*arguments).lower(lowering_platforms=("cuda",)).as_text()
 
 
 def test_crossing_bytes_by_hand():
@@ -90,7 +180,7 @@ def test_crossing_bytes_by_hand():
 def test_benchmarks_drop_no_row(layout):
     import jax_ep
 
-    setting = module("exchange").Setting.of(Case("uneven", 3, 16, 2, 16, 4)).in_layout(layout)
+    setting = module("programs").Setting.of(Case("uneven", 3, 16, 2, 16, 4)).in_layout(layout)
     case = setting.case
 
     def dropped(x, idx):
@@ -98,12 +188,14 @@ def test_benchmarks_drop_no_row(layout):
         recv, _ = jax_ep.dispatch(x, idx, axis_name="expert", num_experts=16, layout=layout, **options)
         return recv.num_dropped
 
-    assert not setting.on_every_rank(dropped)(*setting.inputs()[:2]).any()
+    x, _, (idx,) = setting.inputs()
+    assert not jax.jit(setting.on_every_rank(dropped))(x, idx).any()
 
 
 def test_timing_says_what_a_call_takes():
     timing = module("timing")
-    assert timing.Timing.of([3e-6, 1e-6, 2e-6]) == timing.Timing(2.0, 1.2, 2.8, 3)
+    assert timing.Timing.of([3e-6, 1e-6, 2e-6]) == timing.Timing(2.0, 1.2, 2.8, 2.98, 3)
+    assert timing.Timing(8.0, 4.0, 12.0, 16.0, 9).over(4) == timing.Timing(2.0, 1.0, 3.0, 4.0, 9)
     f = timing.compiled(lambda x: x + 1, jnp.zeros(3))
     timed = timing.measure(f, jnp.zeros(3), samples=4, warmup=1, calls=2)
     assert 0 < timed.p10 <= timed.median <= timed.p90 and timed.samples == 4
@@ -116,3 +208,280 @@ def test_recorded_results_fit_the_schema(capsys):
     for row in rows:
         assert tuple(row) == module("summary").KEYS
         assert row["commit"] and row["date"] and row["machine"]
+
+
+# ---- kernels.py: the sweep, with a stand-in for the program that times kernels on GPUs ---------------------------------
+
+STAND_IN = """
+import json, os, sys, time
+print(json.dumps({"gpus": ["GPU"] * 2, "multiprocessors": 132, "driver": 1, "runtime": 1}), flush=True)
+for line in sys.stdin:
+    mode, operations, layout, ranks, tokens, topk, *_, routing = line.split()
+    assert os.path.getsize(routing) == 4 * int(ranks) * int(tokens) * int(topk)
+    if tokens == "1":
+        print("kernels.cu:1 cudaMalloc: out of memory", flush=True)
+        os._exit(2)
+    if tokens == "8":
+        print(json.dumps({"failed": "rank 0 waited for rank 1"}), flush=True)
+    elif tokens == "32":
+        time.sleep(60)
+    else:
+        print(json.dumps({name: [30.0, 10.0, 20.0] for name in operations.split(",")}), flush=True)
+"""
+
+
+@pytest.fixture
+def stand_in(tmp_path):
+    path = tmp_path / "stand_in.py"
+    path.write_text(STAND_IN)
+    return ["--program", sys.executable, str(path), "--no-ceiling"]
+
+
+def sweep(tmp_path, *options):
+    out = tmp_path / "kernels.json"
+    fixed = ["--out", str(out), "--layouts", "rank", "--modes", "high_throughput"]
+    assert module("kernels").main([*fixed, *options]) == 0
+    return json.loads(out.read_text())
+
+
+def test_a_sweep_records_what_fails_and_goes_on(tmp_path, stand_in):
+    options = ["--axes", "tokens", "--bases", "64", "--tokens", "1", "8", "32", "128", "--case-timeout", "3"]
+    rows = sweep(tmp_path, *options, "--operations", "dispatch", "combine_weighted", *stand_in)
+    assert {row["tokens"]: row["error"] for row in rows} == {
+        64: None,
+        1: "failed: kernels.cu:1 cudaMalloc: out of memory; ended with status 2",
+        8: "failed: rank 0 waited for rank 1",
+        32: "failed: no answer in time",
+        128: None,
+    }
+    assert {row["tokens"]: row["us"] for row in rows} == {64: 20.0, 1: None, 8: None, 32: None, 128: 20.0}
+    assert {row["operation"] for row in rows} == {"dispatch"}  # rows of "rank" have no gates
+    for row in rows:
+        assert set(module("summary").KEYS) <= set(row)
+
+
+def test_a_sweep_ends_when_its_time_is_over(tmp_path, stand_in):
+    rows = sweep(tmp_path, "--quick", "--budget-s", "-1", *stand_in)
+    assert len(rows) > 10 and {row["error"] for row in rows} == {"skipped: --budget-s -1 is over"}
+
+
+def test_a_sweep_skips_what_the_machine_cannot_hold(tmp_path, stand_in):
+    rows = sweep(tmp_path, "--axes", "sms", "--bases", "64", "--ranks", "4", "3", "--sms", "64", "67", *stand_in)
+    assert {(row["ranks"], row["sms"]): row["error"] for row in rows} == {
+        **{(4, sms): None for sms in (24, 64)},
+        (4, 67): "skipped: 2 x 67 SMs of a GPU that has 132",
+        **{(3, sms): "skipped: 256 experts on 3 ranks" for sms in (24, 64, 67)},
+    }
+    assert {row["gpus"] for row in rows} == {2}
+
+
+def test_a_program_that_does_not_start_is_told_in_a_sentence(tmp_path, capsys):
+    program = tmp_path / "program.py"
+    program.write_text("print('no driver')")
+    assert (
+        module("kernels").main(["--out", str(tmp_path / "none.json"), "--program", sys.executable, str(program)]) == 1
+    )
+    assert "does not start: no driver; ended with status 0" in capsys.readouterr().err
+
+
+def test_the_quick_sweep_is_short_and_the_whole_one_has_every_axis():
+    kernels = module("kernels")
+    both = ["--out", "x", "--modes", "high_throughput", "low_latency"]
+    quick, whole = (kernels.plan(kernels.parse([*both, *more]), 4) for more in (["--quick"], []))
+    assert {(point.mode, point.tokens) for point in quick} >= {("low_latency", 128), ("high_throughput", 8192)}
+    assert all(point.tokens <= 1024 for point in whole if point.mode == "low_latency")
+    assert len(quick) <= 40 and len(set(whole)) == len(whole)
+    assert {point.sms for point in whole} == {4, 8, 12, 16, 20, 24, 32, 64}
+    assert {point.tokens for point in whole} >= {1, 128, 4096, 8192} and len({point.model for point in whole}) == 5
+    assert {(point.wire, point.routing) for point in whole} >= {("fp8", "uniform"), (None, "skewed")}
+
+
+def test_ranks_that_share_a_gpu_cross_no_link_to_each_other():
+    kernels, traffic = module("kernels"), module("traffic")
+    machine = kernels.Machine(("GPU", "GPU"), 132)
+    point = kernels.Point(4, "rank", 16, model="mixtral-8x7b")
+    topk_idx = np.tile(np.array([0, 4], np.int32), (4, 16, 1))  # ranks 0 and 2, both on the first GPU
+    np.testing.assert_array_equal(machine.crossing(point, topk_idx), [[0, 0], [64, 0]])
+    ceiling = kernels.ceiling_of(point, {(24, 8192): 100.0, (24, 4096): 50.0, (12, 8192): 10.0}, 8200)
+    assert (ceiling.bytes_per_second, ceiling.shared) == (100e9, False)
+    assert kernels.ceiling_of(point, {}, 8192) is None
+    assert traffic.row_bytes(point.case, "fp8") == sum(
+        kernels.Point(4, "rank", 1, "mixtral-8x7b", wire="fp8").row_bytes
+    )
+
+
+def test_the_kernels_that_stand_without_xla_are_found():
+    native = module("native")
+    sources = {path.relative_to(ROOT).as_posix() for path in native.kernel_sources()}
+    assert {"ffi/dispatch/dispatch.cu", "ffi/combine/combine.cu", "ffi/group/group.cc"} <= sources
+    assert not any(path.endswith(("_ffi.cc", "module.cc", "member.cc")) for path in sources)
+
+
+@pytest.mark.parametrize("name", ["uniform", "skewed"])
+def test_routings_name_distinct_experts_and_skewed_ones_prefer_some(name):
+    case = Case(name, 2000, 16, 4, 32, 2)
+    idx = module("traffic").draw_routing(case, name, seed=5)
+    assert idx.shape == (2, 2000, 4) and idx.dtype == np.int32 and idx.min() == 0 and idx.max() == 31
+    assert (np.diff(np.sort(idx, axis=-1), axis=-1) > 0).all()
+    load = np.sort(np.bincount(idx.reshape(-1), minlength=32)) / idx.size * 32
+    # Weights of Zipf's law with exponent 1/2: the most wanted of 32 has 3.2 times the mean, less what a token cannot choose twice.
+    assert (load[-1] < 1.2) if name == "uniform" else (2.3 < load[-1] < 3.2 and load[0] < 0.7)
+    assert (module("traffic").draw_routing(case, name, seed=5) == idx).all()
+
+
+# ---- tune.py: the table behind mode="auto" ---------------------------------------------------------------------------
+
+
+def test_the_crossover_loses_least_over_what_was_measured():
+    crossover = module("tune").crossover
+    assert crossover({1: (10, 30), 64: (20, 30), 256: (50, 40), 1024: (200, 90)}) == 64
+    assert crossover({1: (10, 9), 64: (20, 10)}) == 0
+    assert crossover({1: (10, 11), 64: (12, 20)}) == 64
+    assert crossover({1: (10.0, 9.9), 8: (10, 20), 64: (40, 30)}) == 8  # a hair's breadth at one token decides nothing
+
+
+def test_tuning_writes_entries_beside_those_of_other_machines(tmp_path):
+    table, rows = tmp_path / "tuning.json", tmp_path / "rows.json"
+    other = {"device": "other", "ranks": 2, "layout": "rank", "row_bytes": 32, "low_latency_up_to": 7}
+    table.write_text(json.dumps([other]))
+    sizes = [
+        "--tokens",
+        "2",
+        "3",
+        "--ranks",
+        "2",
+        "--hidden",
+        "16",
+        "--topk",
+        "2",
+        "--experts",
+        "4",
+        "--layouts",
+        "rank",
+    ]
+    options = ["--wires", "none", "--calls", "1", "--samples", "2", "--table", str(table), "--rows", str(rows)]
+    for device in ("this", "this", "that"):
+        assert module("tune").main([*sizes, *options, "--device", device]) == 0
+    kept, that, this = json.loads(table.read_text())
+    assert kept == other and (that["device"], this["device"]) == ("that", "this")
+    assert {name: this[name] for name in ("ranks", "layout", "row_bytes")} == {
+        "ranks": 2,
+        "layout": "rank",
+        "row_bytes": 32,
+    }
+    assert this["low_latency_up_to"] in (0, 2, 3) and set(this["us"]) == {"2", "3"}
+    measured = json.loads(rows.read_text())
+    assert [(row["tokens"], row["mode"]) for row in measured] == [
+        (tokens, mode) for tokens in (2, 3) for mode in ("low_latency", "high_throughput")
+    ]
+
+
+# ---- model.py and plots.py -------------------------------------------------------------------------------------------
+
+
+def test_distinct_ranks_and_nodes_of_a_token_are_those_of_drawn_routings():
+    model, traffic = module("model"), module("traffic")
+    exchange = model.Exchange(tokens=4000, topk=4, experts=32, ranks=8, ranks_per_node=2)
+    idx = traffic.draw_routing(Case("", 4000, 16, 4, 32, 8), "uniform", seed=0)[0]
+    ranks = sum(((idx // 4) == rank).any(axis=1).sum() for rank in range(8))
+    nodes = sum(((idx // 8) == node).any(axis=1).sum() for node in range(4))
+    assert exchange.rows_of_ranks == pytest.approx(ranks, rel=0.02)
+    assert exchange.rows_of_nodes == pytest.approx(nodes, rel=0.02)
+    limited = model.Exchange(tokens=1, topk=8, experts=256, ranks=64, ranks_per_node=8, groups=4)
+    assert limited.rows_of_nodes < 4 < model.Exchange(1, 8, 256, 64, 8).rows_of_nodes
+
+
+def test_a_fit_finds_the_machine_that_made_the_rows():
+    model = module("model")
+    true = model.Machine(dispatch_latency=12, combine_latency=9, store=50, add=30, weigh=1.4, memory=3000, power=2.5)
+    rows = []
+    for tokens, sms in ((64, 24), (4096, 8), (4096, 24), (4096, 64), (1024, 132)):
+        for layout in ("rank", "expert"):
+            for operation in ("dispatch", "combine", "combine_weighted"):
+                row = {"level": "kernel", "error": None, "gpus": 4, "ranks": 4, "mode": "high_throughput", "case": "x"}
+                row |= {"tokens": tokens, "topk": 8, "experts": 256, "hidden": 7168, "dtype": "bfloat16", "wire": None}
+                row |= {"layout": layout, "operation": operation, "sms": sms, "ceiling_us": None, "routing": "uniform"}
+                row |= {"max_recv_tokens": 4 * tokens if layout == "rank" else 10 * tokens, "us": 1.0}
+                row["us"] = true.us(model.work_of(row, true), sms)
+                rows.append(row)
+    assert all(map(model.fits, rows)) and not model.fits(rows[0] | {"gpus": 1})
+    found = model.fit(rows)
+    for name in ("dispatch_latency", "combine_latency", "store", "add", "weigh"):
+        assert getattr(found, name) == pytest.approx(getattr(true, name), rel=0.05)
+    assert max(abs(model.error(row, found)) for row in rows) < 0.01
+    said = []
+    model.report(rows, said.append)
+    assert len(said) > len(rows) and "worst" in said[-1]
+
+
+def test_the_model_is_within_a_fifth_of_published_figures():
+    figures = module("model").published()
+    assert len(figures) == 24 and sum(figure.fitted for figure in figures) == 1
+    for figure in figures:
+        assert abs(figure.error) < 0.2, figure
+
+
+def test_more_nodes_take_longer_and_a_model_of_nothing_but_latency_is_its_latency():
+    model = module("model")
+    times = [model.across_nodes(nodes, 1024, model.Machine())[1] for nodes in (2, 4, 8, 16, 32, 64)]
+    assert times == sorted(times)
+    assert model.Machine().us(model.Work(link_us=0.0), sms=24) == model.Machine().dispatch_latency
+
+
+def synthetic_rows():
+    """Of every kind that a picture shows; numbers of no meaning."""
+    row = dict.fromkeys(module("summary").KEYS) | {
+        "machine": "2 x GPU",
+        "commit": "c",
+        "date": "2026-01-01",
+        "by": "jax_ep",
+    }
+    row |= {
+        "ranks": 2,
+        "gpus": 2,
+        "hidden": 7168,
+        "graph": False,
+        "routing": "uniform",
+        "case": "deepseek-v3",
+        "ratio": 2.0,
+    }
+    kernel = row | {"level": "kernel", "mode": "high_throughput", "ceiling_us": 5.0, "layout": "rank"}
+    jit = row | {"level": "jit", "operation": "pair", "layout": "expert", "sms": None}
+    return [
+        *(
+            kernel | {"operation": name, "tokens": 64, "sms": sms, "us": 10.0}
+            for name in ("dispatch", "combine")
+            for sms in (4, 8)
+        ),
+        *(kernel | {"operation": "dispatch", "tokens": tokens, "sms": 8, "us": 10.0} for tokens in (1, 128)),
+        *(jit | {"mode": m, "tokens": t, "us": 9.0} for m in ("low_latency", "high_throughput") for t in (1, 64)),
+        jit | {"by": "all_to_all", "tokens": 64, "us": 20.0, "layout": None},
+        kernel | {"operation": "dispatch", "tokens": 64, "sms": 16, "us": None, "error": "failed: x"},
+    ]
+
+
+def test_every_picture_is_drawn_where_there_is_data_and_none_without(tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    rows = tmp_path / "rows.json"
+    rows.write_text(json.dumps(synthetic_rows()))
+    pictures = {f"{picture.name}.svg" for picture in module("plots").PICTURES}
+    assert module("plots").main([str(rows), "--folder", str(tmp_path)]) == 0
+    assert {path.name for path in tmp_path.glob("*.svg")} == pictures
+    text = (tmp_path / "speed-sms.svg").read_text()
+    assert "2 x GPU" in text and "push ceiling" in text
+    for path in tmp_path.glob("*.svg"):
+        path.unlink()
+    capsys.readouterr()
+    assert module("plots").main([str(rows), "--folder", str(tmp_path), "--machine", "another"]) == 0
+    assert {path.name for path in tmp_path.glob("*.svg")} == {
+        "model-nodes.svg"
+    }  # the model needs no row of this machine
+    assert capsys.readouterr().err.count("no data of another") == len(pictures) - 1
+
+
+def test_pictures_of_the_readme_are_there_and_small():
+    named = re.findall(r"!\[[^\]]*\]\((docs/images/[^)]+)\)", (ROOT / "README.md").read_text())
+    assert any("speed" in name for name in named)
+    for name in named:
+        assert (ROOT / name).is_file()
+        assert (ROOT / name).suffix != ".svg" or (ROOT / name).stat().st_size < 200_000

@@ -4,203 +4,23 @@
 //   kernels check [seed count]         named and random cases against oracle.h, bitwise, each call twice
 //   kernels small                      a few small cases, for compute-sanitizer
 //   kernels timeout                    one rank does not call: the others must say so, and later calls must be right
-//   kernels bench CEILING_FILE         times of whole calls and their ratio to the push ceiling
-//   (benchmarks/p2p_ceiling.cu)
 //
-// nvcc -O3 -std=c++17 -Iffi -gencode arch=compute_90a,code=sm_90a -o kernels tests/gpu/kernels/kernels.cu ffi/dispatch/dispatch.cu
-//   ffi/combine/combine.cu ffi/group/barrier.cu ffi/group/group.cc
+// nvcc -O3 -std=c++17 -Iffi -gencode arch=compute_90a,code=sm_90a -o kernels tests/gpu/kernels/kernels.cu
+// ffi/dispatch/dispatch.cu
+//   ffi/combine/combine.cu ffi/low_latency/*.cu ffi/group/barrier.cu ffi/group/group.cc
 #include <algorithm>
 #include <chrono>
 #include <cstdio>
 #include <cstdlib>
-#include <fstream>
-#include <map>
 #include <thread>
 
 #include "group/barrier.h"
 #include "group/group.h"
-#include "oracle.h"
+#include "ranks.h"
 
 using namespace jax_ep;
 
 namespace {
-
-#define CHECK_CUDA(call)                                                                    \
-  do {                                                                                      \
-    const cudaError_t error_ = (call);                                                      \
-    if (error_ != cudaSuccess) {                                                            \
-      std::printf("%s:%d %s: %s\n", __FILE__, __LINE__, #call, cudaGetErrorString(error_)); \
-      std::fflush(stdout);                                                                  \
-      std::_Exit(2);                                                                        \
-    }                                                                                       \
-  } while (0)
-
-int g_num_devices = 0;
-
-// Device memory of one rank, freed together.
-class Memory {
- public:
-  explicit Memory(int device) : device_(device) {}
-  ~Memory() {
-    cudaSetDevice(device_);
-    for (void* p : blocks_) cudaFree(p);
-  }
-  template <class T>
-  T* Make(int64_t count, int poison) {
-    CHECK_CUDA(cudaSetDevice(device_));
-    void* p = nullptr;
-    CHECK_CUDA(cudaMalloc(&p, std::max<int64_t>(count * sizeof(T), 256)));
-    CHECK_CUDA(cudaMemset(p, poison, std::max<int64_t>(count * sizeof(T), 256)));
-    blocks_.push_back(p);
-    return static_cast<T*>(p);
-  }
-  template <class T>
-  T* Put(const std::vector<T>& host) {
-    T* p = Make<T>(host.size(), 0);
-    CHECK_CUDA(cudaMemcpy(p, host.data(), host.size() * sizeof(T), cudaMemcpyHostToDevice));
-    return p;
-  }
-
- private:
-  int device_;
-  std::vector<void*> blocks_;
-};
-
-struct Ranks {
-  Group& group;
-  std::vector<int> device;
-  std::vector<cudaStream_t> stream;
-
-  static Ranks& Of(int num_ranks) {
-    static std::map<int, Ranks*> all;
-    if (all[num_ranks] == nullptr) {
-      std::vector<int> devices(num_ranks);
-      for (int i = 0; i < num_ranks; ++i) devices[i] = i % g_num_devices;
-      auto* ranks = new Ranks{Group::OfDevices(devices), devices, std::vector<cudaStream_t>(num_ranks)};
-      for (int i = 0; i < num_ranks; ++i) {
-        CHECK_CUDA(cudaSetDevice(devices[i]));
-        CHECK_CUDA(cudaStreamCreateWithFlags(&ranks->stream[i], cudaStreamNonBlocking));
-      }
-      all[num_ranks] = ranks;
-    }
-    return *all[num_ranks];
-  }
-
-  int64_t run = 1;
-  std::string failure;  // of the run
-
-  // A host thread a rank, as under XLA: with a tool that makes launches wait, one thread could not launch the second
-  // rank.
-  template <class F>
-  void Launch(F launch) {
-    std::vector<std::thread> threads;
-    ++run;
-    for (size_t i = 0; i < device.size(); ++i) {
-      threads.emplace_back([&, i] {
-        CHECK_CUDA(cudaSetDevice(device[i]));
-        CHECK_CUDA(Enter(i));
-        CHECK_CUDA(launch(static_cast<int>(i), stream[i]));
-      });
-    }
-    for (auto& thread : threads) thread.join();
-  }
-
-  cudaError_t Enter(int rank) {
-    const std::string told = group.Enter(rank, run, stream[rank]);
-    return told.empty() ? cudaSuccess : cudaErrorLaunchFailure;
-  }
-
-  bool Wait(double seconds = 100) {
-    const auto start = std::chrono::steady_clock::now();
-    for (size_t i = 0; i < stream.size(); ++i) {
-      CHECK_CUDA(cudaSetDevice(device[i]));
-      cudaError_t error;
-      while ((error = cudaStreamQuery(stream[i])) == cudaErrorNotReady) {
-        if (std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count() > seconds) {
-          std::printf("HANG: rank %zu did not finish\n", i);
-          std::fflush(stdout);
-          std::_Exit(3);
-        }
-      }
-      CHECK_CUDA(error);
-    }
-    ++run;
-    failure = group.Enter(0, run, stream[0]);
-    if (!failure.empty()) std::printf("  failure: %s\n", failure.c_str());
-    return failure.empty();
-  }
-};
-
-std::vector<char> RandomRows(const Case& c, int64_t rows, std::mt19937& random) {
-  // From a table: big cases would spend their time in the generator.
-  constexpr int kTable = 4096;
-  std::vector<char> bytes(rows * c.row_bytes()), table(kTable * c.elem_bytes());
-  std::uniform_real_distribution<float> uniform(-1, 1);
-  for (int i = 0; i < kTable; ++i) Store(c.dtype, &table[i * c.elem_bytes()], uniform(random));
-  uint64_t state = random();
-  for (int64_t i = 0; i < rows * c.hidden; ++i) {
-    state = state * 6364136223846793005u + 1442695040888963407u;
-    std::memcpy(&bytes[i * c.elem_bytes()], &table[(state >> 52) * c.elem_bytes()], c.elem_bytes());
-  }
-  return bytes;
-}
-
-template <class T>
-bool Same(const char* what, int rank, const T* device, const std::vector<T>& expected, int64_t row = 1,
-          int stride = 1) {
-  std::vector<T> got(expected.size());
-  CHECK_CUDA(cudaMemcpy(got.data(), device, got.size() * sizeof(T), cudaMemcpyDeviceToHost));
-  if (std::memcmp(got.data(), expected.data(), got.size() * sizeof(T)) == 0) return true;
-  int64_t wrong = 0, first = -1;
-  for (size_t i = 0; i < got.size(); ++i) {
-    if (stride > 1 && (static_cast<int64_t>(i) / row) % stride != 0) continue;
-    if (std::memcmp(&got[i], &expected[i], sizeof(T)) != 0 && wrong++ == 0) first = i;
-  }
-  if (wrong == 0) return true;
-  std::printf("  WRONG %s on rank %d: %lld of %zu, first at %lld (row %lld): got %g, expected %g\n", what, rank,
-              (long long)wrong, got.size(), (long long)first, (long long)(first / row), double(got[first]),
-              double(expected[first]));
-  return false;
-}
-
-// All device arrays of one rank for one case.
-struct Arrays {
-  DispatchParams dispatch{};
-  CombineParams combine{};
-};
-
-Arrays MakeArrays(const Case& c, Memory& memory, const GroupView* view, bool with_combine) {
-  Arrays a;
-  const int64_t C = c.capacity, per_row = c.layout == Layout::kRank ? c.num_topk : 1;
-  DispatchParams& d = a.dispatch;
-  d.group = view;
-  d.operation = kDispatch;
-  d.layout = c.layout;
-  d.num_tokens = c.num_tokens, d.num_topk = c.num_topk, d.num_experts = c.num_experts, d.max_recv_tokens = c.capacity;
-  d.expert_alignment = c.alignment, d.expert_capacity = c.expert_capacity;
-  d.num_row_arrays = c.second_bytes > 0 ? 2 : 1;
-  d.rows[0] = {nullptr, memory.Make<char>(C * c.row_bytes(), 0xab), c.row_bytes()};
-  if (c.second_bytes > 0) d.rows[1] = {nullptr, memory.Make<char>(C * c.second_bytes, 0xab), c.second_bytes};
-  d.slot = memory.Make<int32_t>(c.choices(), 0xab);
-  d.recv_slot = memory.Make<int32_t>(c.num_ranks * c.choices(), 0xab);
-  d.counts = memory.Make<int32_t>(c.num_local() + 1, 0xab);
-  if (c.layout == Layout::kRank) d.recv_topk_idx = memory.Make<int32_t>(C * c.num_topk, 0xab);
-  if (c.weights) d.recv_weights = memory.Make<float>(C * per_row, 0xab);
-  if (!with_combine) return a;
-  CombineParams& b = a.combine;
-  b.group = view;
-  b.one_row_a_rank = c.layout == Layout::kRank;
-  b.dtype = c.dtype;
-  b.num_tokens = c.num_tokens, b.num_topk = c.num_topk, b.max_recv_tokens = c.capacity;
-  b.row_bytes = c.row_bytes();
-  b.slot = d.slot, b.recv_slot = d.recv_slot;
-  b.out = memory.Make<char>(c.num_tokens * c.row_bytes(), 0xab);
-  b.carried_back = memory.Make<float>(c.choices(), 0xab);
-  if (!b.one_row_a_rank && c.num_ranks > 1) {
-    b.scratch = memory.Make<char>(static_cast<int64_t>(c.num_ranks - 1) * c.num_tokens * c.row_bytes(), 0xab);
-  }
-  return a;
-}
 
 bool CheckCase(Case c, int stride = 1) {
   Finish(c);
@@ -440,133 +260,6 @@ int Timeout() {
   return ok ? 0 : 1;
 }
 
-// Median over repeats of the slowest rank's time a call, in µs, calls back to back.
-template <class F>
-double Time(Ranks& ranks, F launch, int calls = 10, int repeats = 5) {
-  const size_t n = ranks.device.size();
-  std::vector<cudaEvent_t> begin(n), end(n);
-  std::vector<double> times;
-  const auto each = [&](auto body) {
-    for (size_t i = 0; i < n; ++i) {
-      CHECK_CUDA(cudaSetDevice(ranks.device[i]));
-      body(i);
-    }
-  };
-  each([&](size_t i) {
-    CHECK_CUDA(cudaEventCreate(&begin[i]));
-    CHECK_CUDA(cudaEventCreate(&end[i]));
-  });
-  for (int k = 0; k < 3; ++k) each([&](size_t i) { CHECK_CUDA(launch(static_cast<int>(i), ranks.stream[i])); });
-  for (int repeat = 0; repeat < repeats; ++repeat) {
-    if (!ranks.Wait()) return -1;
-    each([&](size_t i) { CHECK_CUDA(launch(static_cast<int>(i), ranks.stream[i])); });
-    each([&](size_t i) { CHECK_CUDA(cudaEventRecord(begin[i], ranks.stream[i])); });
-    for (int k = 0; k < calls; ++k) each([&](size_t i) { CHECK_CUDA(launch(static_cast<int>(i), ranks.stream[i])); });
-    each([&](size_t i) { CHECK_CUDA(cudaEventRecord(end[i], ranks.stream[i])); });
-    if (!ranks.Wait()) return -1;
-    double slowest = 0;
-    each([&](size_t i) {
-      float ms;
-      CHECK_CUDA(cudaEventElapsedTime(&ms, begin[i], end[i]));
-      slowest = std::max(slowest, ms * 1e3 / calls);
-    });
-    times.push_back(slowest);
-  }
-  each([&](size_t i) { cudaEventDestroy(begin[i]), cudaEventDestroy(end[i]); });
-  std::sort(times.begin(), times.end());
-  return times[times.size() / 2];
-}
-
-int Bench(const char* ceiling_file) {
-  std::map<int, double> ceiling;  // GB/s
-  std::ifstream file(ceiling_file);
-  for (int sms; file >> sms;) file >> ceiling[sms];
-  if (g_num_devices < 2) return std::printf("bench needs two GPUs\n"), 1;
-  const auto bf16 = RowDtype::kBfloat16;
-  std::vector<Case> cases = {
-      {"DSV3 rank", 2, 4096, 8, 256, Layout::kRank, 1, 0, 0, bf16, 7168},
-      {"DSV3 expert x1.25", 2, 4096, 8, 256, Layout::kExpert, 1, 0, 40960, bf16, 7168},
-      {"DSV3 fp8-sized rank", 2, 4096, 8, 256, Layout::kRank, 1, 0, 0, bf16, 3584, 224},
-      {"top-2 of 8 expert x1.25", 2, 4096, 2, 8, Layout::kExpert, 1, 0, 10240, bf16, 4096},
-      {"GPT-OSS expert x1.25", 2, 4096, 4, 128, Layout::kExpert, 1, 0, 20480, bf16, 2880},
-      {"DSV3 128 tokens rank", 2, 128, 8, 256, Layout::kRank, 1, 0, 0, bf16, 7168},
-  };
-  std::printf("%-24s %4s %6s | %9s %5s | %9s %5s | %9s %5s | %9s %5s | ceiling us (µs a call, share of the ceiling)\n",
-              "case", "sms", "send", "dispatch", "", "cached", "", "combine", "", "weighted", "");
-  for (Case c : cases) {
-    c.invalid = 0;
-    Finish(c);
-    Ranks& ranks = Ranks::Of(2);
-    const auto routing = Route(c);
-    std::vector<std::unique_ptr<Memory>> memory;
-    std::vector<Arrays> arrays;
-    int64_t rows_sent = 0, most = 0;
-    for (int r = 0; r < 2; ++r) {
-      memory.push_back(std::make_unique<Memory>(ranks.device[r]));
-      arrays.push_back(MakeArrays(c, *memory[r], ranks.group.view(r), true));
-      DispatchParams& d = arrays[r].dispatch;
-      d.topk_idx = memory[r]->Put(routing[r].topk_idx);
-      d.rows[0].x = memory[r]->Make<char>(c.num_tokens * c.row_bytes(), 0x3c);
-      if (c.second_bytes > 0) d.rows[1].x = memory[r]->Make<char>(c.num_tokens * c.second_bytes, 1);
-      d.topk_weights = memory[r]->Make<float>(c.choices(), 0x3c);
-      std::mt19937 random(r);
-      std::vector<uint16_t> values(static_cast<int64_t>(c.capacity) * c.hidden);
-      for (auto& value : values) value = 0x3f00 | (random() & 0x80ff);
-      arrays[r].combine.y = reinterpret_cast<char*>(memory[r]->Put(values));
-      rows_sent = 0;
-      for (int t = 0; t < c.num_tokens; ++t) {
-        bool there = false;
-        for (int k = 0; k < c.num_topk; ++k) {
-          const int slot = routing[r].slot[t * c.num_topk + k];
-          there |= slot >= 0 && slot / c.capacity != r;
-        }
-        rows_sent += there;
-      }
-      most = std::max(most, rows_sent);
-    }
-    std::vector<float*> gates;
-    for (int r = 0; r < 2; ++r) arrays[r].combine.carried_back = nullptr;
-    for (int r = 0; r < 2; ++r) gates.push_back(memory[r]->Make<float>(c.capacity, 0x3c));
-    for (int sms : {8, 12, 16, 24, 64}) {
-      for (int send : {8, 12, 16}) {
-        if (send > sms || (sms == 8 && send != 8) || (sms > 8 && send == 8)) continue;
-        DispatchConfig dispatch_config;
-        dispatch_config.num_sms = sms, dispatch_config.num_send_blocks = send;
-        CombineConfig combine_config;
-        combine_config.num_sms = sms;
-        const double dispatch = Time(
-            ranks, [&](int r, cudaStream_t s) { return LaunchDispatch(arrays[r].dispatch, 2, dispatch_config, s); });
-        const double cached = Time(ranks, [&](int r, cudaStream_t s) {
-          DispatchParams d = arrays[r].dispatch;
-          d.operation = kDispatchCached;
-          return LaunchDispatch(d, 2, dispatch_config, s);
-        });
-        double combine = 0, weighted = 0;
-        if (send == std::min(sms, 12)) {
-          combine =
-              Time(ranks, [&](int r, cudaStream_t s) { return LaunchCombine(arrays[r].combine, combine_config, s); });
-          if (c.layout != Layout::kRank) {
-            weighted = Time(ranks, [&](int r, cudaStream_t s) {
-              CombineParams b = arrays[r].combine;
-              b.weights = gates[r];
-              return LaunchCombine(b, combine_config, s);
-            });
-          }
-        }
-        const double gbps = ceiling.count(sms) ? ceiling[sms] : 340;
-        const double floor_us = most * double(c.row_bytes() + c.second_bytes) / gbps / 1e3,
-                     combine_us = most * double(c.row_bytes()) / gbps / 1e3;
-        const auto share = [](double floor, double us) { return us > 0 ? floor / us : 0; };
-        std::printf("%-24s %4d %6d | %9.1f %5.3f | %9.1f %5.3f | %9.1f %5.3f | %9.1f %5.3f | %7.1f\n", c.name.c_str(),
-                    sms, send, dispatch, share(floor_us, dispatch), cached, share(floor_us, cached), combine,
-                    share(combine_us, combine), weighted, share(combine_us, weighted), floor_us);
-        std::fflush(stdout);
-      }
-    }
-  }
-  return 0;
-}
-
 }  // namespace
 
 int main(int argc, char** argv) {
@@ -578,7 +271,6 @@ int main(int argc, char** argv) {
   if (what == "check") result = Check(argc, argv);
   if (what == "small") result = Small();
   if (what == "timeout") result = Timeout();
-  if (what == "bench" && argc > 2) result = Bench(argv[2]);
   std::fflush(stdout);
   return result;
 }

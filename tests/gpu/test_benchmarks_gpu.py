@@ -1,0 +1,53 @@
+"""The benchmark of the kernels on this machine's GPUs: every operation has a time, and calls inside jit have one too."""
+
+import importlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.gpu
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def benchmarks_importable():
+    sys.path.append(str(ROOT))
+    yield
+    sys.path.remove(str(ROOT))
+
+
+def run(out, name, *options):
+    """In a process of its own: this one holds most of the GPUs' memory already."""
+    command = [sys.executable, "-m", f"benchmarks.{name}", "--out", str(out), *options]
+    env = os.environ | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=280, cwd=ROOT, env=env, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return json.loads(out.read_text())
+
+
+def test_the_kernels_are_timed(tmp_path):
+    try:
+        importlib.import_module("benchmarks.native").find_nvcc()
+    except FileNotFoundError as error:
+        pytest.skip(str(error))
+    options = ["--bases", "64", "--base-sms", "8", "--axes", "graph", "wire", "--repeats", "3", "--no-ceiling"]
+    rows = run(tmp_path / "kernels.json", "kernels", *options)
+    assert {row["error"] for row in rows} == {None}
+    assert {row["operation"] for row in rows} == {"dispatch", "dispatch_cached", "combine", "combine_weighted"}
+    assert {(row["graph"], row["wire"]) for row in rows} == {(False, None), (True, None), (False, "fp8")}
+    assert all(1 < row["us"] < 1e5 for row in rows)
+
+
+@pytest.mark.parametrize("launch", ["stream", "graph"])
+def test_calls_inside_jit_are_timed(tmp_path, launch):
+    some = ["--cases", "expert", "--calls", "4", "--samples", "3", "--layouts", "expert", "rank", "--wires", "none"]
+    rows = run(tmp_path / "jit.json", "exchange", *some, "--baselines", "all_to_all", "--launch", launch)
+    assert {row["error"] for row in rows} == {None}
+    assert {row["by"] for row in rows} == {"jax_ep", "all_to_all"} and {row["graph"] for row in rows} == {
+        launch == "graph"
+    }
