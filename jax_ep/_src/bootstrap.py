@@ -1,4 +1,4 @@
-"""initialize, finalize, barrier: what several processes need before their first call. One process needs none of it.
+"""initialize, finalize: what several processes need before their first call. One process needs neither.
 
 Processes meet through JAX's coordination service (its key-value store and barriers), never through a collective:
 a process that is missing becomes an error that names it, within `jax_ep.config.timeout`.
@@ -10,10 +10,8 @@ import importlib.metadata
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-from jax import lax
 
-from jax_ep._src import check, compat, coordination, peers, targets
+from jax_ep._src import compat, coordination, peers, targets
 from jax_ep._src.config import config
 
 _state = {"initialized": False, "resumed": 0}
@@ -91,24 +89,3 @@ def finalize() -> None:
     """
     peers.forget()
     _state["initialized"] = False
-
-
-def barrier(axis_name: str | tuple[str, ...]) -> jax.Array:
-    """Waits until every rank along `axis_name` has come here; call it inside `jax.shard_map`.
-
-    Args:
-      axis_name: the mesh axis, or a tuple of them.
-
-    Returns:
-      s32[1], the number of ranks that came. XLA keeps only what is used: let later work depend on it, with
-      `x, _ = jax.lax.optimization_barrier((x, token))`, or return it.
-
-    Raises:
-      NameError: the axis is not bound.
-
-    Example:
-      >>> came = jax.jit(jax.shard_map(lambda: jax_ep.barrier("expert"), mesh=mesh, in_specs=(), out_specs=P("expert")))()
-    """
-    names = check.axes("barrier", axis_name)
-    ranks = compat.as_varying(jnp.ones(1, jnp.int32), names)
-    return compat.as_varying(lax.psum(ranks, names), names)

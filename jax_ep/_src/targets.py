@@ -8,6 +8,7 @@ from pathlib import Path
 
 import jax
 
+BARRIER = "jax_ep_barrier"
 COMBINE = "jax_ep_combine"
 DISPATCH = "jax_ep_dispatch"
 DISPATCH_CACHED = "jax_ep_dispatch_cached"

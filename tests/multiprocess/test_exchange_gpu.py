@@ -41,6 +41,9 @@ def test_processes_exchange_as_the_oracle_says(split):
         for name, error in process["failed"].items()
     ]
     assert not failed, "\n".join(failed)
+    if len(processes) > 1:
+        first, second = (process["barrier"] for process in processes)
+        assert first["after"] >= second["before"]  # process 1 came late
 
 
 def test_a_process_that_comes_late_is_named_and_initialize_makes_all_right_again():
