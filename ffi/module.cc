@@ -1,5 +1,6 @@
 // The extension jax_ep._core: XLA FFI handlers by target name, for jax_ep/_src/targets.py to register, and the groups
 // of ffi/group/group.h, for jax_ep/_src/group.py. No logic here.
+#include <cuda_runtime_api.h>
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/map.h>
 #include <nanobind/stl/vector.h>
@@ -57,5 +58,6 @@ NB_MODULE(_core, module) {
   module.def("import_memory", &jax_ep::ImportMemory, nb::arg("fd"), nb::arg("bytes"), nb::arg("devices"));
   module.def("have_peer_access", &jax_ep::Group::HavePeerAccess, nb::arg("devices"));
   module.def("set_timeout", &jax_ep::Group::SetTimeout, nb::arg("seconds"));
+  module.attr("cuda_version") = nb::make_tuple(CUDART_VERSION / 1000, CUDART_VERSION % 1000 / 10);
   module.attr("ffi_api") = nb::make_tuple(XLA_FFI_API_MAJOR, XLA_FFI_API_MINOR);
 }

@@ -41,7 +41,7 @@ def _of_devices(device_groups: tuple[tuple[Any, ...], ...], timeout: float, worl
         return None
     here = [device for device in devices if device.process_index == jax.process_index()]
     ordinals = {device.id: device.local_hardware_id for device in here}
-    if None in ordinals.values():
+    if not here or None in ordinals.values():
         return None
     groups = tuple(tuple(device.id for device in group) for group in device_groups)
     number = None

@@ -52,6 +52,8 @@ for _target, _handler in _core.handlers().items():
     jax.ffi.register_ffi_target(_target, _handler, platform="CUDA")
 
 Place = _core.Place
+built_ffi_api: Version = _core.ffi_api
+cuda_version: Version = _core.cuda_version
 export_allocation = _core.export_allocation
 has_failed_spanning = _core.has_failed_spanning
 have_peer_access = _core.have_peer_access
