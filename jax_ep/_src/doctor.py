@@ -12,12 +12,14 @@ import ctypes
 import functools
 import importlib.metadata
 import json
+import math
 import os
 import platform
 import re
 import socket
 import statistics
 import subprocess
+import sys
 import time
 import warnings
 from collections.abc import Callable
@@ -58,14 +60,26 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def start_process() -> None:
-    """Joins the job that the environment tells of: JAX's own variables, or SLURM's. A process alone does nothing."""
+    """Joins the job that the environment tells of: JAX's own variables, or SLURM's. A process alone does nothing.
+
+    Where processes do not even connect, JAX ends this one itself: so what it waits for is said before.
+    """
     if compat.distributed_client() is not None:
         return
+    job: dict[str, Any] = {}
     if "JAX_COORDINATOR_ADDRESS" in os.environ:
-        num_processes, process = int(os.environ["JAX_NUM_PROCESSES"]), int(os.environ["JAX_PROCESS_ID"])
-        jax.distributed.initialize(num_processes=num_processes, process_id=process)
+        job = {"num_processes": int(os.environ["JAX_NUM_PROCESSES"]), "process_id": int(os.environ["JAX_PROCESS_ID"])}
+        who = f"process {job['process_id']} of {job['num_processes']}"
     elif "SLURM_PROCID" in os.environ and int(os.environ.get("SLURM_NTASKS", "1")) > 1:
-        jax.distributed.initialize()
+        who = f"task {os.environ['SLURM_PROCID']} of {os.environ['SLURM_NTASKS']} on {os.environ.get('SLURM_NODELIST')}"
+    else:
+        return
+    print(
+        f"doctor: {who}, on {socket.gethostname()}, waits {config.timeout:g} s for the others",
+        file=sys.stderr,
+        flush=True,
+    )
+    jax.distributed.initialize(initialization_timeout=math.ceil(config.timeout), **job)
 
 
 def examine_all() -> tuple[int, list[Report]]:
@@ -269,22 +283,24 @@ def median_seconds(call: Callable[[], Any], repeats: int) -> float:
 
 
 def show(reports: list[Report], problems: list[str]) -> None:
-    """Tables by rich where it is installed, else plain lines."""
+    """Tables by rich where it is installed, else plain lines; of later processes what differs from the first."""
+    first = rows(reports[0])
+    told = [first] + [[row for row in rows(report) if row not in first] for report in reports[1:]]
     verdict = "healthy" if not problems else "to be mended:"
     try:
         from rich.console import Console
         from rich.table import Table
     except ImportError:
-        for report in reports:
+        for report, its_rows in zip(reports, told, strict=True):
             print(title(report))
-            for name, value in rows(report):
+            for name, value in its_rows:
                 print(f"  {name:<22} {value}")
         print(verdict, *problems, sep="\n  ", flush=True)
         return
     console = Console(markup=False)
-    for report in reports:
+    for report, its_rows in zip(reports, told, strict=True):
         table = Table("", "", title=title(report), title_justify="left", show_header=False)
-        for name, value in rows(report):
+        for name, value in its_rows:
             table.add_row(name, value)
         console.print(table)
     console.print(verdict, style="bold red" if problems else "bold green")

@@ -34,11 +34,11 @@ STYLES = ("distinct", "invalid", "one_rank")
 
 
 def mesh_of(c):
-    """The case's mesh over both processes: every other rank of a mesh with fewer than 8 devices is the other process's."""
-    devices = jax.devices()
+    """The case's mesh over all processes: neighbours in a mesh of fewer devices than there are belong to different processes."""
+    devices, num_processes = jax.devices(), jax.process_count()
     if c.num_ranks < len(devices):
-        by_process = [[d for d in devices if d.process_index == i] for i in range(2)]
-        devices = [by_process[i % 2][i // 2] for i in range(c.num_ranks)]
+        by_process = [[d for d in devices if d.process_index == i] for i in range(num_processes)]
+        devices = [by_process[i % num_processes][i // num_processes] for i in range(c.num_ranks)]
     names, sizes = zip(*c.mesh_axes, strict=True)
     return Mesh(np.array(devices).reshape(sizes), names)
 
@@ -243,6 +243,20 @@ CHECKS = {
     "barrier": barrier,
     "calling again": calling_again,
 }
+
+
+def core_of_four():
+    """The part of it that four processes with two devices each can do: no mesh without one of them."""
+    jax_ep.initialize()
+    assert jax.process_count() == 4 and jax.local_device_count() == 2
+    names = (
+        "exchange expert-eight-ranks",
+        "exchange rank-tight",
+        "exchange batched-eight-ranks",
+        "gradients expert",
+        "halves",
+    )
+    return run_all({name: CHECKS[name] for name in (*names, "barrier", "calling again")})
 
 
 def core():
