@@ -108,4 +108,4 @@ def test_a_job_ends_with_the_doctors_exit_code(slurm):
     done = subprocess.run(command, env=slurm, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
     assert "task 0 of 2" in done.stderr and "waits 5 s for the others" in done.stderr
     assert "got no word from process 1" in " ".join(done.stdout.split()), done.stdout + done.stderr
-    assert done.returncode == 1
+    assert done.returncode != 0  # of the task that ended worst
