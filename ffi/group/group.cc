@@ -8,6 +8,7 @@
 #include "combine/combine.h"
 #include "dispatch/dispatch.h"
 #include "group/barrier.h"
+#include "group/shared_memory.h"
 
 namespace jax_ep {
 namespace {
@@ -82,7 +83,7 @@ Group::Group(const std::vector<Place>& places) : ranks_(places.size()) {
   for (size_t i = 0; i < places.size(); ++i) {
     Rank& rank = ranks_[i];
     rank.place = places[i];
-    rank.window = reinterpret_cast<Window*>(places[i].window);
+    rank.window = static_cast<Window*>(ToPointer(places[i].window));
     if (!is_local(rank)) continue;
     Check("cudaSetDevice", cudaSetDevice(rank.place.device));
     for (const Place& peer : places) {

@@ -56,9 +56,10 @@ class DeviceGuard {
 
 // Holds the allocation until this goes; mappings and descriptors hold it as well.
 struct Handle {
+  decltype(&cuMemRelease) release = Find<decltype(cuMemRelease)>("cuMemRelease");
   CUmemGenericAllocationHandle value = 0;
   ~Handle() {
-    if (value != 0) Find<decltype(cuMemRelease)>("cuMemRelease")(value);
+    if (value != 0) release(value);
   }
 };
 
@@ -74,6 +75,7 @@ uint64_t Map(const Handle& handle, uint64_t bytes, const std::vector<int>& devic
     CALL_DRIVER(cuMemMap, address, bytes, 0, handle.value, 0);
     mapped = true;
     std::vector<CUmemAccessDesc> access;
+    access.reserve(devices.size());
     for (int device : devices) {
       access.push_back({{CU_MEM_LOCATION_TYPE_DEVICE, {device}}, CU_MEM_ACCESS_FLAGS_PROT_READWRITE});
     }
@@ -106,7 +108,7 @@ SharedMemory MakeSharedMemory(int device, uint64_t bytes, const std::vector<int>
   Handle handle;
   CALL_DRIVER(cuMemCreate, &handle.value, bytes, &properties, 0);
   const uint64_t begin = Map(handle, bytes, devices);
-  Check("cudaMemset", cudaMemset(reinterpret_cast<void*>(begin), 0, bytes));
+  Check("cudaMemset", cudaMemset(ToPointer(begin), 0, bytes));
   Check("cudaStreamSynchronize", cudaStreamSynchronize(nullptr));
   return {Export(handle), begin, bytes};
 }
@@ -118,7 +120,7 @@ SharedMemory ExportAllocation(int device, uint64_t address) {
   CALL_DRIVER(cuPointerGetAttribute, &begin, CU_POINTER_ATTRIBUTE_RANGE_START_ADDR, address);
   CALL_DRIVER(cuPointerGetAttribute, &bytes, CU_POINTER_ATTRIBUTE_RANGE_SIZE, address);
   Handle handle;
-  CALL_DRIVER(cuMemRetainAllocationHandle, &handle.value, reinterpret_cast<void*>(begin));
+  CALL_DRIVER(cuMemRetainAllocationHandle, &handle.value, ToPointer(begin));
   return {Export(handle), begin, bytes};
 }
 
@@ -126,7 +128,7 @@ uint64_t ImportMemory(int fd, uint64_t bytes, const std::vector<int>& devices) {
   if (devices.empty()) Throw("import", "no devices to map it for");
   DeviceGuard guard(devices[0]);
   Handle handle;
-  CALL_DRIVER(cuMemImportFromShareableHandle, &handle.value, reinterpret_cast<void*>(static_cast<intptr_t>(fd)),
+  CALL_DRIVER(cuMemImportFromShareableHandle, &handle.value, ToPointer(static_cast<uint64_t>(fd)),
               CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR);
   return Map(handle, bytes, devices);
 }

@@ -20,4 +20,9 @@ SharedMemory ExportAllocation(int device, uint64_t address);
 // Maps what another process has exported, for all of `devices`; returns where. The descriptor stays the caller's.
 uint64_t ImportMemory(int fd, uint64_t bytes, const std::vector<int>& devices);
 
+// Addresses come from other processes and from Python as numbers.
+inline void* ToPointer(uint64_t address) {
+  return reinterpret_cast<void*>(address);  // NOLINT(performance-no-int-to-ptr)
+}
+
 }  // namespace jax_ep
