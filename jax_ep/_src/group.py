@@ -52,10 +52,14 @@ def _of_devices(device_groups: tuple[tuple[Any, ...], ...], timeout: float, worl
         why_not = (
             world.why_not(groups) if world else "jax_ep.initialize() was not called before this program was compiled"
         )
-        if not why_not and any(len({device.process_index for device in group}) > 1 for group in device_groups):
-            number = coordination.claim(compat.distributed_client(), "windows", repr(groups), config.max_groups)
+        if (
+            world
+            and not why_not
+            and any(len({device.process_index for device in group}) > 1 for group in device_groups)
+        ):
+            number = coordination.claim(compat.distributed_client(), "windows", repr(groups), world.max_groups)
             if number is None:
-                why_not = f"there are more than jax_ep.config.max_groups = {config.max_groups} groupings of devices"
+                why_not = f"there are more than jax_ep.config.max_groups = {world.max_groups} groupings of devices"
         if why_not:
             warnings.warn(
                 f"jax_ep: XLA's collectives, not the kernels, serve a group over several processes: {why_not}",

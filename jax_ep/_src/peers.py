@@ -117,6 +117,7 @@ class World:
     # Why kernels serve no group of process (p,), none that p shares with others (p, p), none that p shares with q (p, q).
     reasons: dict[tuple[int, ...], str]
     devices: dict[int, Device]
+    max_groups: int  # for so many groupings there are windows
 
     def why_not(self, groups: Sequence[Group]) -> str | None:
         """Why kernels cannot serve these groups; None if they can. The same in every process."""
@@ -202,7 +203,7 @@ def exchange(client: Any, me: int, num_processes: int, memory: Memory) -> World:
                 (windows[0], arena[0]) if process == me else (here[2 * i], here[2 * i + 1]) if here else (None, None)
             )
             devices[device_id] = Device(process, tuple(windows), tuple(arena), *addresses)
-    _world = World(me, hosts, reasons, devices)
+    _world = World(me, hosts, reasons, devices, config.max_groups)
     return _world
 
 
