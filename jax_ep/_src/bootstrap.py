@@ -38,15 +38,12 @@ def initialize() -> None:
     """
     client = compat.distributed_client()
     me, num_processes = compat.distributed_process()
-    if _state["initialized"]:
-        if client is not None:
-            _resume(client, me, num_processes)
-        return
-    if client is not None:
-        _meet(client, me, num_processes)
-        if num_processes > 1:
+    if client is not None and num_processes > 1:
+        if not _state["initialized"]:
+            _meet(client, me, num_processes)
             peers.exchange(client, me, num_processes, peers.CudaMemory())
-    elif jax.process_count() > 1:
+        _resume(client, me, num_processes)
+    elif client is None and not _state["initialized"] and jax.process_count() > 1:
         raise RuntimeError(
             f"initialize: jax.distributed must be up in each of the {jax.process_count()} processes, got no coordination "
             "client. Call jax.distributed.initialize() before jax_ep.initialize()."

@@ -17,6 +17,8 @@ SPLITS = {
     "two GPUs a process": ["0,1", "2,3"],
     "three GPUs and one": ["0,1,2", "3"],
 }
+# As under SLURM: all GPUs are visible, and jax.distributed takes number SLURM_LOCALID of them.
+CHOSEN_BY_JAX = [{"JAX_CUDA_VISIBLE_DEVICES": "0"}, {"JAX_CUDA_VISIBLE_DEVICES": "1"}]
 
 
 def gpus_of(split):
@@ -34,7 +36,15 @@ def two_processes():
 
 @pytest.mark.parametrize("split", SPLITS)
 def test_processes_exchange_as_the_oracle_says(split):
-    processes = launch.run("exchange_worker:core_on_gpus", gpus=gpus_of(split), timeout=280)
+    assert_right(launch.run("exchange_worker:core_on_gpus", gpus=gpus_of(split), timeout=280))
+
+
+def test_processes_exchange_where_jax_chooses_the_gpu():
+    gpus_of("a process a GPU")
+    assert_right(launch.run("exchange_worker:core_on_gpus", gpus=["0,1"] * 2, environments=CHOSEN_BY_JAX, timeout=280))
+
+
+def assert_right(processes):
     failed = [
         f"process {i}, {name}:\n{error}"
         for i, process in enumerate(processes)
