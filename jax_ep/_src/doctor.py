@@ -43,7 +43,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m jax_ep", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     doctor = commands.add_parser("doctor", help="says what there is, and whether an exchange works")
-    doctor.add_argument("--json", action="store_true", help="the same for programs, on one line")
+    doctor.add_argument("--json", action="store_true", help="for programs: JSON, the last line of the output")
     doctor.add_argument("--timeout", type=float, default=config.timeout, help="seconds to wait for a process or rank")
     args = parser.parse_args(argv)
     config.timeout = args.timeout
