@@ -7,7 +7,7 @@ command=$1 state=$(realpath -m "$2") nodes=${3:-2} port=${4:-16817} host=$(hostn
 mark="# jax_ep slurm test ${state}"
 
 down() {
-  for file in "$state"/slurmd.*.pid "$state/slurmctld.pid"; do
+  for file in "$state"/slurmd.*.pid "$state/slurmctld.pid" "$state/munged.pid"; do
     if [ -f "$file" ]; then kill "$(cat "$file")" 2>/dev/null || true; fi
   done
   grep -vF "$mark" /etc/hosts >"$state/hosts" || true
@@ -57,6 +57,7 @@ CONF
     chown munge:munge /run/munge
     chmod 755 /run/munge
     runuser -u munge -- /usr/sbin/munged
+    cp /run/munge/munged.pid "$state/munged.pid"
   fi
   export SLURM_CONF=$state/slurm.conf
   /usr/sbin/slurmctld
