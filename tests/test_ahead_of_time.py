@@ -147,6 +147,17 @@ def test_dispatch_layout_is_one_kernel(mesh):
     assert launches(compile_for_gpus(mesh, sharded)) == ["dispatch_layout"]
 
 
+def test_a_barrier_is_one_kernel_that_later_work_can_wait_for(mesh):
+    def f(x, routers, scales):
+        x, _ = jax.lax.optimization_barrier((x, jax_ep.barrier("expert")))
+        return moe(x, routers[0], scales[0])
+
+    sharded = jax.shard_map(f, mesh=mesh, in_specs=(P("expert"), P(), P()), out_specs=P("expert"))
+    compiled = compile_for_gpus(mesh, sharded)
+    assert launches(compiled) == ["barrier", "dispatch", "combine"]
+    assert collectives(compiled) == []
+
+
 def test_where_kernels_cannot_serve_the_reference_is_compiled(mesh, monkeypatch):
     monkeypatch.setattr(group, "along", lambda axis_context, axis_name: None)
     compiled = compile_for_gpus(mesh, network(mesh))

@@ -321,7 +321,7 @@ __global__ void __launch_bounds__(32 * kNumWarps<kReduce>, 1) CombineKernel(cons
     if (peer < call.num_ranks) {
       met = Await(call, &call.window->post[call.parity][peer][blockIdx.x], kPosted, kMeet, peer, blockIdx.x);
       const Mail& mail = call.window->mail[call.parity][peer][blockIdx.x];
-      for (int i = 0; i <= kCarried; ++i) shared.address[peer][i] = mail.address[i];
+      for (int i = 0; i <= kCarried; ++i) shared.address[peer][i] = Translate(call, peer, mail.address[i]);
     }
   }
   met = __syncthreads_and(met);

@@ -74,6 +74,7 @@ ffi::Error Combine(cudaStream_t stream, int32_t device, ffi::RunId run, ffi::Spa
   Member member;
   if (ffi::Error error = FindMember("combine", stream, device, run, devices, num_ranks, &member); error.failure())
     return error;
+  CheckMail(&member, {p.one_row_a_rank ? p.y : nullptr, p.scratch, p.carried});
   p.group = member.view();
   p.refused = member.refused();
   CombineConfig config;

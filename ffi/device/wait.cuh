@@ -21,6 +21,11 @@ struct Call {
   __device__ uint64_t Farewell() const { return (epoch | 0xffffffffull) << kStateBits | kGone; }
 };
 
+// An address from the mail of `peer`, which may be another process's: where this process maps the same memory.
+__device__ __forceinline__ uint64_t Translate(const Call& call, int peer, uint64_t address) {
+  return address + call.group->shift[peer];
+}
+
 // `epoch` advances when the last block of a call leaves, so every block of a call reads the same value here.
 __device__ __forceinline__ Call BeginCall(const GroupView* group, Operation operation) {
   Call call;

@@ -83,8 +83,9 @@ __device__ inline bool Meet(const DispatchPlan& plan, const Call& call, Dispatch
   met = __syncthreads_and(met);
   const int mail_lane = static_cast<int>(blockIdx.x) < plan.num_send_blocks ? blockIdx.x : 0;
   for (int i = threadIdx.x; i < call.num_ranks * kNumAddresses; i += kDispatchThreads) {
-    shared.address[i / kNumAddresses][i % kNumAddresses] =
-        call.window->mail[call.parity][i / kNumAddresses][mail_lane].address[i % kNumAddresses];
+    const int peer = i / kNumAddresses, address = i % kNumAddresses;
+    shared.address[peer][address] =
+        Translate(call, peer, call.window->mail[call.parity][peer][mail_lane].address[address]);
   }
   return met;
 }

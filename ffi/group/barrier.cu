@@ -1,11 +1,11 @@
-// The barrier kernel: one warp a rank, lane 0 of the flags.
+// The barrier kernel: one warp a rank, lane 0 of the flags. `came` is how many ranks have come, 0 after a failure.
 #include "device/wait.cuh"
 #include "group/barrier.h"
 
 namespace jax_ep {
 namespace {
 
-__global__ void BarrierKernel(const GroupView* group, bool refused) {
+__global__ void BarrierKernel(const GroupView* group, bool refused, int32_t* came) {
   const Call call = BeginCall(group, kBarrier);
   const int peer = threadIdx.x;
   if (refused && peer == 0) Refuse(call);
@@ -18,6 +18,7 @@ __global__ void BarrierKernel(const GroupView* group, bool refused) {
   FenceSys();
   if (peer < call.num_ranks) StoreRelaxedSys(&call.Peer(peer)->progress[call.rank][0], call.Tag(met ? kDone : kGone));
   Leave(call, 0, 0);
+  if (peer == 0) *came = HasFailed(call) ? 0 : call.num_ranks;
   if (IsLastBlock(call)) EndCall(call);
 }
 
@@ -35,8 +36,8 @@ cudaError_t LaunchBeginGeneration(const GroupView* group, uint64_t generation, c
   return cudaGetLastError();
 }
 
-cudaError_t LaunchBarrier(const GroupView* group, bool refused, cudaStream_t stream) {
-  BarrierKernel<<<1, 32, 0, stream>>>(group, refused);
+cudaError_t LaunchBarrier(const GroupView* group, bool refused, int32_t* came, cudaStream_t stream) {
+  BarrierKernel<<<1, 32, 0, stream>>>(group, refused, came);
   return cudaGetLastError();
 }
 

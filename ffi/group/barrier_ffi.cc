@@ -1,4 +1,4 @@
-// The XLA FFI handler of barrier: an s32[1] token in, the same out once every rank has come.
+// The XLA FFI handler of barrier: s32[1] in, which orders it, s32[1] out: the number of ranks, once every one has come.
 #include "common/error.h"
 #include "group/barrier.h"
 #include "group/member.h"
@@ -9,16 +9,11 @@ namespace jax_ep {
 namespace {
 
 ffi::Error Barrier(cudaStream_t stream, int32_t device, ffi::RunId run, ffi::Span<const int64_t> devices,
-                   int64_t num_ranks, ffi::BufferR1<ffi::S32> token, ffi::ResultBufferR1<ffi::S32> result) {
+                   int64_t num_ranks, ffi::BufferR1<ffi::S32>, ffi::ResultBufferR1<ffi::S32> came) {
   Member member;
   if (ffi::Error error = FindMember("barrier", stream, device, run, devices, num_ranks, &member); error.failure())
     return error;
-  cudaError_t error = LaunchBarrier(member.view(), member.refused(), stream);
-  if (error == cudaSuccess && token.typed_data() != result->typed_data()) {
-    error =
-        cudaMemcpyAsync(result->typed_data(), token.typed_data(), token.size_bytes(), cudaMemcpyDeviceToDevice, stream);
-  }
-  return Report("barrier", member, error);
+  return Report("barrier", member, LaunchBarrier(member.view(), member.refused(), came->typed_data(), stream));
 }
 
 }  // namespace

@@ -2,13 +2,13 @@
 
 #include <cuda_runtime_api.h>
 
-#include <map>
-#include <mutex>
+#include <algorithm>
 #include <stdexcept>
 
 #include "combine/combine.h"
 #include "dispatch/dispatch.h"
 #include "group/barrier.h"
+#include "group/shared_memory.h"
 
 namespace jax_ep {
 namespace {
@@ -16,8 +16,16 @@ namespace {
 struct Registry {
   std::mutex mutex;
   std::vector<std::unique_ptr<Group>> groups;
-  std::map<std::vector<int>, int64_t> by_devices;
+  std::map<std::vector<int>, Group*> by_devices;
+  std::map<int, int> ordinal_by_device;
+  uint64_t spanning_generation = 0;
   uint64_t timeout_ns = 60'000'000'000;  // until jax_ep.config says another
+
+  int OrdinalOf(int device) const {
+    const auto found = ordinal_by_device.find(device);
+    if (found != ordinal_by_device.end()) return found->second;
+    return ordinal_by_device.empty() ? device : -1;
+  }
 };
 
 Registry& TheRegistry() {
@@ -45,16 +53,15 @@ const char* const kOperations[] = {"dispatch", "dispatch_cached", "notify", "com
 const char* const kPhases[] = {"meet (the peer's post)", "rows (the peer's progress)", "leave (the peer's end of call)",
                                "refused"};
 
-std::string InWords(const Status& status, uint64_t timeout_ns) {
+std::string InWords(const Status& status, const std::string& who, const std::string& whom, uint64_t timeout_ns) {
   const uint64_t seen = status.seen, epoch = status.epoch;
   const auto state = [](uint64_t flag) {
     return StateOf(flag) == kGone ? "gone" : StateOf(flag) == kDone ? "done" : std::to_string(StateOf(flag));
   };
   const auto number = [](uint64_t epoch) { return std::to_string(epoch & 0xffffffff); };
-  std::string text = std::string(kOperations[status.operation]) + ": rank " + std::to_string(status.rank) +
-                     " waited for rank " + std::to_string(status.peer) + " in phase " + kPhases[status.phase] +
-                     ", lane " + std::to_string(status.lane) + ", call " + number(epoch) + " of the group, for state " +
-                     state(status.expected) + "; ";
+  std::string text = std::string(kOperations[status.operation]) + ": " + who + " waited for " + whom + " in phase " +
+                     kPhases[status.phase] + ", lane " + std::to_string(status.lane) + ", call " + number(epoch) +
+                     " of the group, for state " + state(status.expected) + "; ";
   if (EpochOf(seen) >= epoch && StateOf(seen) == kGone) return text + "that rank has given up";
   if (EpochOf(seen) > epoch)
     return text + "that rank is already in call " + number(EpochOf(seen)) + ", so it has given this one up";
@@ -66,27 +73,32 @@ std::string InWords(const Status& status, uint64_t timeout_ns) {
 
 }  // namespace
 
-Group::Group(int64_t id, const std::vector<int>& devices) : id_(id), ranks_(devices.size()) {
-  if (devices.empty() || devices.size() > kMaxRanks) {
+Group::Group(const std::vector<Place>& places) : ranks_(places.size()) {
+  if (places.empty() || places.size() > kMaxRanks) {
     throw std::runtime_error("jax_ep: a group must have 1 to " + std::to_string(kMaxRanks) + " ranks, got " +
-                             std::to_string(devices.size()));
+                             std::to_string(places.size()));
   }
+  spans_processes_ = std::any_of(places.begin(), places.end(), [](const Place& place) { return place.device < 0; });
   DeviceGuard guard;
-  for (size_t i = 0; i < devices.size(); ++i) {
+  for (size_t i = 0; i < places.size(); ++i) {
     Rank& rank = ranks_[i];
-    rank.device = devices[i];
-    Check("cudaSetDevice", cudaSetDevice(devices[i]));
-    for (int peer : devices) {
-      if (peer == devices[i]) continue;
-      const cudaError_t error = cudaDeviceEnablePeerAccess(peer, 0);
+    rank.place = places[i];
+    rank.window = static_cast<Window*>(ToPointer(places[i].window));
+    if (!is_local(rank)) continue;
+    Check("cudaSetDevice", cudaSetDevice(rank.place.device));
+    for (const Place& peer : places) {
+      if (peer.device == rank.place.device || peer.device < 0) continue;
+      const cudaError_t error = cudaDeviceEnablePeerAccess(peer.device, 0);
       if (error == cudaErrorPeerAccessAlreadyEnabled) {
         cudaGetLastError();
       } else {
         Check("cudaDeviceEnablePeerAccess", error);
       }
     }
-    Check("cudaMalloc", cudaMalloc(reinterpret_cast<void**>(&rank.window), sizeof(Window)));
-    Check("cudaMemset", cudaMemset(rank.window, 0, sizeof(Window)));
+    if (rank.window == nullptr) {
+      Check("cudaMalloc", cudaMalloc(reinterpret_cast<void**>(&rank.window), sizeof(Window)));
+      Check("cudaMemset", cudaMemset(rank.window, 0, sizeof(Window)));
+    }
     Check("cudaMalloc", cudaMalloc(reinterpret_cast<void**>(&rank.view), sizeof(GroupView)));
     Check("cudaHostAlloc", cudaHostAlloc(reinterpret_cast<void**>(&rank.status), sizeof(Status),
                                          cudaHostAllocMapped | cudaHostAllocPortable));
@@ -98,17 +110,22 @@ Group::Group(int64_t id, const std::vector<int>& devices) : id_(id), ranks_(devi
     Check("loading barrier", LoadBarrier());
   }
   for (size_t i = 0; i < ranks_.size(); ++i) {
+    if (!is_local(ranks_[i])) continue;
     GroupView view{};
     view.rank = static_cast<int>(i);
     view.num_ranks = num_ranks();
     view.timeout_ns = TheRegistry().timeout_ns;
     view.status = ranks_[i].status;
-    for (size_t peer = 0; peer < ranks_.size(); ++peer) view.window[peer] = ranks_[peer].window;
-    Check("cudaSetDevice", cudaSetDevice(ranks_[i].device));
+    for (size_t peer = 0; peer < ranks_.size(); ++peer) {
+      view.window[peer] = ranks_[peer].window;
+      view.shift[peer] = ranks_[peer].place.shift;
+    }
+    Check("cudaSetDevice", cudaSetDevice(ranks_[i].place.device));
     Check("cudaMemcpy", cudaMemcpy(ranks_[i].view, &view, sizeof view, cudaMemcpyHostToDevice));
   }
   for (const Rank& rank : ranks_) {
-    Check("cudaSetDevice", cudaSetDevice(rank.device));
+    if (!is_local(rank)) continue;
+    Check("cudaSetDevice", cudaSetDevice(rank.place.device));
     Check("cudaStreamSynchronize", cudaStreamSynchronize(nullptr));
   }
 }
@@ -117,17 +134,76 @@ Group& Group::OfDevices(const std::vector<int>& devices) {
   Registry& registry = TheRegistry();
   std::lock_guard<std::mutex> lock(registry.mutex);
   const auto found = registry.by_devices.find(devices);
-  if (found != registry.by_devices.end()) return *registry.groups[found->second];
-  const int64_t id = static_cast<int64_t>(registry.groups.size());
-  registry.groups.push_back(std::unique_ptr<Group>(new Group(id, devices)));
-  registry.by_devices[devices] = id;
-  return *registry.groups[id];
+  if (found != registry.by_devices.end()) return *found->second;
+  std::vector<Place> places;
+  int num_devices = 0;
+  Check("cudaGetDeviceCount", cudaGetDeviceCount(&num_devices));
+  for (int device : devices) {
+    Place place{};
+    place.device = registry.OrdinalOf(device);
+    if (place.device < 0 || place.device >= num_devices) {
+      throw std::runtime_error("jax_ep: device " + std::to_string(device) +
+                               " is another process's, and this program was not lowered here. Call "
+                               "jax_ep.initialize(), then compile it again with jax.jit.");
+    }
+    places.push_back(place);
+  }
+  registry.groups.push_back(std::unique_ptr<Group>(new Group(places)));
+  return *(registry.by_devices[devices] = registry.groups.back().get());
 }
 
-Group* Group::Find(int64_t id) {
+void Group::MakeSpanning(const std::vector<int>& devices, const std::vector<Place>& places) {
   Registry& registry = TheRegistry();
   std::lock_guard<std::mutex> lock(registry.mutex);
-  return id >= 0 && id < static_cast<int64_t>(registry.groups.size()) ? registry.groups[id].get() : nullptr;
+  if (registry.by_devices.count(devices) != 0) return;
+  registry.groups.push_back(std::unique_ptr<Group>(new Group(places)));
+  registry.groups.back()->generation_ = registry.spanning_generation;
+  registry.by_devices[devices] = registry.groups.back().get();
+}
+
+void Group::SetOrdinals(const std::map<int, int>& ordinal_by_device) {
+  Registry& registry = TheRegistry();
+  std::lock_guard<std::mutex> lock(registry.mutex);
+  for (const auto& [device, ordinal] : ordinal_by_device) registry.ordinal_by_device[device] = ordinal;
+}
+
+int Group::DeviceOf(int ordinal) {
+  Registry& registry = TheRegistry();
+  std::lock_guard<std::mutex> lock(registry.mutex);
+  for (const auto& [device, its_ordinal] : registry.ordinal_by_device) {
+    if (its_ordinal == ordinal) return device;
+  }
+  return ordinal;
+}
+
+bool Group::HasFailedSpanning() {
+  Registry& registry = TheRegistry();
+  std::lock_guard<std::mutex> lock(registry.mutex);
+  for (const auto& group : registry.groups) {
+    if (!group->spans_processes_) continue;
+    std::lock_guard<std::mutex> group_lock(group->mutex_);
+    if (group->failure_.empty()) group->failure_ = group->Listen();
+    if (!group->failure_.empty()) return true;
+  }
+  return false;
+}
+
+uint64_t Group::SpanningGeneration() {
+  Registry& registry = TheRegistry();
+  std::lock_guard<std::mutex> lock(registry.mutex);
+  return registry.spanning_generation;
+}
+
+void Group::Resume(uint64_t generation) {
+  Registry& registry = TheRegistry();
+  std::lock_guard<std::mutex> lock(registry.mutex);
+  registry.spanning_generation = generation;
+  for (const auto& group : registry.groups) {
+    if (!group->spans_processes_) continue;
+    std::lock_guard<std::mutex> group_lock(group->mutex_);
+    group->generation_ = generation;
+    group->failure_.clear();
+  }
 }
 
 void Group::SetTimeout(double seconds) {
@@ -141,7 +217,8 @@ void Group::SetTimeout(double seconds) {
 
 void Group::SetViewTimeout(uint64_t timeout_ns) {
   for (const Rank& rank : ranks_) {
-    Check("cudaSetDevice", cudaSetDevice(rank.device));
+    if (!is_local(rank)) continue;
+    Check("cudaSetDevice", cudaSetDevice(rank.place.device));
     Check("cudaMemcpy",
           cudaMemcpyAsync(&rank.view->timeout_ns, &timeout_ns, sizeof timeout_ns, cudaMemcpyHostToDevice, rank.aside));
     Check("cudaStreamSynchronize", cudaStreamSynchronize(rank.aside));
@@ -162,33 +239,55 @@ bool Group::HavePeerAccess(const std::vector<int>& devices) {
   return have;
 }
 
-int Group::RankOf(int device) const {
-  for (size_t i = 0; i < ranks_.size(); ++i) {
-    if (ranks_[i].device == device) return static_cast<int>(i);
+// What has failed here since the last time, in a sentence. Called with the mutex held.
+std::string Group::Listen() {
+  const auto name = [this](int rank) {
+    const std::string of = spans_processes_ ? " of process " + std::to_string(ranks_[rank].place.process) : "";
+    return "rank " + std::to_string(rank) + of;
+  };
+  std::string news;
+  for (Rank& rank : ranks_) {
+    if (!is_local(rank)) continue;
+    const Status& status = *rank.status;
+    const uint32_t failures = status.failures;
+    if (failures == rank.heard) continue;
+    rank.heard = failures;
+    if (status.epoch >> kCountBits < generation_) continue;  // a consequence of what has been told
+    news +=
+        (news.empty() ? "" : "; ") + InWords(status, name(status.rank), name(status.peer), TheRegistry().timeout_ns);
   }
-  return -1;
+  return news;
 }
 
 std::string Group::Enter(int rank, int64_t run, cudaStream_t stream) {
   std::lock_guard<std::mutex> lock(mutex_);
-  std::string news;
-  for (Rank& other : ranks_) {
-    const uint32_t failures = other.status->failures;
-    if (failures == other.heard) continue;
-    other.heard = failures;
-    const bool is_news = other.status->epoch >> kCountBits >= generation_;  // else a consequence of what has been told
-    if (is_news) news += (news.empty() ? "" : "; ") + InWords(*other.status, TheRegistry().timeout_ns);
-  }
-  if (!news.empty()) {
+  const std::string news = Listen();
+  if (spans_processes_) {
+    if (failure_.empty()) failure_ = news;
+    if (!failure_.empty()) return failure_ + ". Call jax_ep.initialize() in every process to begin anew";
+  } else if (!news.empty()) {
     ++generation_;
     failed_run_ = run;
     failure_ = news;
   }
   if (ranks_[rank].generation == generation_) return "";
-  if (run == failed_run_) return failure_;
+  if (!spans_processes_ && run == failed_run_) return failure_;
   ranks_[rank].generation = generation_;
   const cudaError_t error = LaunchBeginGeneration(view(rank), generation_, stream);
   return error == cudaSuccess ? "" : std::string("a new generation could not begin: ") + cudaGetErrorString(error);
+}
+
+std::string Group::CheckShared(int rank, const void* address) {
+  const Place& place = ranks_[rank].place;
+  const uint64_t offset = reinterpret_cast<uint64_t>(address) - place.shared_begin;
+  if (!spans_processes_ || address == nullptr || offset < place.shared_bytes) return "";
+  std::lock_guard<std::mutex> lock(mutex_);
+  if (failure_.empty()) {
+    failure_ = "an array of rank " + std::to_string(rank) +
+               " lies outside of the memory that XLA preallocated, where no other process reaches it: it is a constant "
+               "of the program or was taken over from another library. Pass a copy of it as an argument";
+  }
+  return failure_;
 }
 
 }  // namespace jax_ep

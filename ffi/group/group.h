@@ -1,11 +1,13 @@
 // A group: the ranks of one expert-parallel axis, their windows and how a kernel finds them. Made once for a list of
-// devices while a program is lowered, never freed: a captured graph may still hold its addresses. In one process. How
-// memory is found is here alone; kernels see GroupView and nothing of it.
+// devices while a program is lowered, never freed: a captured graph may still hold its addresses. Its ranks are of this
+// process, or of several on one host (jax_ep/_src/peers.py has mapped their memory). How memory is found is here alone;
+// kernels see GroupView and nothing of it.
 #pragma once
 
 #include <cuda_runtime_api.h>
 
 #include <cstdint>
+#include <map>
 #include <memory>
 #include <mutex>
 #include <string>
@@ -15,32 +17,50 @@
 
 namespace jax_ep {
 
+// A rank of a group that spans processes. Addresses are those of this process unless said.
+struct Place {
+  int process;
+  int device;       // CUDA ordinal; -1: another process's
+  uint64_t window;  // a Window of zeros
+  // The memory that its peers map, as its own process sees it, and what makes an address in it one of this process.
+  uint64_t shared_begin, shared_bytes, shift;
+};
+
 class Group {
  public:
-  // The group of these CUDA devices, rank by rank; made at the first call. Throws std::runtime_error with a sentence.
+  // The group of these devices (JAX's ids), rank by rank; made at the first call, if all of them are of this process.
+  // Throws std::runtime_error with a sentence.
   static Group& OfDevices(const std::vector<int>& devices);
-  // Made before by OfDevices; null for an unknown id.
-  static Group* Find(int64_t id);
+  // Makes a group whose ranks lie as said; does nothing if there is one of these devices. Throws as OfDevices does.
+  static void MakeSpanning(const std::vector<int>& devices, const std::vector<Place>& places);
+  // Tells the CUDA ordinals of this process's devices; as long as none is told, a device's id is its ordinal.
+  static void SetOrdinals(const std::map<int, int>& ordinal_by_device);
+  // The JAX id of a device of this process.
+  static int DeviceOf(int ordinal);
+  // Of the groups that span processes: whether a call failed here since the last Resume; their generation; the
+  // beginning of the next, by a number on which all processes have agreed.
+  static bool HasFailedSpanning();
+  static uint64_t SpanningGeneration();
+  static void Resume(uint64_t generation);
   // How long a wait for a peer may take, for all groups, now and later.
   static void SetTimeout(double seconds);
   // True where the first device reads and writes the memory of the others directly, and they each other's.
   static bool HavePeerAccess(const std::vector<int>& devices);
 
-  int64_t id() const { return id_; }
   int num_ranks() const { return static_cast<int>(ranks_.size()); }
-  // -1 for a device that is not in the group.
-  int RankOf(int device) const;
   const GroupView* view(int rank) const { return ranks_[rank].view; }
   // Before each launch of `rank` on `stream`: what has failed in this group, in a sentence, or nothing. If something
   // has, the call is to be launched as refused and the sentence to be raised. All ranks' calls of the run in which the
   // failure is first heard of are refused; in the next run each rank begins a new generation of calls, so no call pairs
-  // with one from before.
+  // with one from before. Processes do not know each other's runs: a group that spans them refuses until Resume.
   std::string Enter(int rank, int64_t run, cudaStream_t stream);
-  int64_t persistent_bytes() const { return sizeof(Window); }
+  // Why a peer in another process could not use `address`, an operand or result of `rank`; nothing if it can. If not,
+  // the group has failed.
+  std::string CheckShared(int rank, const void* address);
 
  private:
   struct Rank {
-    int device = 0;
+    Place place;
     Window* window = nullptr;
     GroupView* view = nullptr;
     Status* status = nullptr;
@@ -49,15 +69,17 @@ class Group {
     uint64_t generation = 0;       // of this rank's calls
   };
 
-  explicit Group(int64_t id, const std::vector<int>& devices);
+  explicit Group(const std::vector<Place>& places);
   void SetViewTimeout(uint64_t timeout_ns);
+  bool is_local(const Rank& rank) const { return rank.place.device >= 0; }
+  std::string Listen();
 
-  int64_t id_;
   std::vector<Rank> ranks_;
+  bool spans_processes_;
   std::mutex mutex_;         // of what follows, and of heard and generation
-  uint64_t generation_ = 0;  // failures heard of
+  uint64_t generation_ = 0;  // in one process: failures heard of
   int64_t failed_run_ = 0;
-  std::string failure_;
+  std::string failure_;  // in one process the last, else the first of this generation
 };
 
 }  // namespace jax_ep

@@ -6,9 +6,10 @@
 
 namespace jax_ep {
 
-xla::ffi::Error FindMember(const char* operation, cudaStream_t stream, int device, xla::ffi::RunId run,
+xla::ffi::Error FindMember(const char* operation, cudaStream_t stream, int ordinal, xla::ffi::RunId run,
                            xla::ffi::Span<const int64_t> devices, int64_t num_ranks, Member* member) {
   const size_t count = devices.size();
+  const int device = Group::DeviceOf(ordinal);
   for (size_t i = 0; i < count; ++i) {
     if (devices.begin()[i] != device) continue;
     const size_t first = i / num_ranks * num_ranks;
@@ -25,6 +26,12 @@ xla::ffi::Error FindMember(const char* operation, cudaStream_t stream, int devic
   }
   return InvalidArgument(operation, "device " + std::to_string(device) +
                                         " is in no group of this call; compile it for the devices it runs on");
+}
+
+void CheckMail(Member* member, std::initializer_list<const void*> addresses) {
+  for (const void* address : addresses) {
+    if (!member->refused()) member->failure = member->group->CheckShared(member->rank, address);
+  }
 }
 
 xla::ffi::Error Report(const char* operation, const Member& member, cudaError_t launched) {

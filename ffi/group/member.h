@@ -3,6 +3,7 @@
 
 #include <cuda_runtime_api.h>
 
+#include <initializer_list>
 #include <string>
 #include <vector>
 
@@ -21,10 +22,14 @@ struct Member {
   bool refused() const { return !failure.empty(); }
 };
 
-// `devices` lists the CUDA devices of all groups along the axis, group by group, `num_ranks` each; `device` is in one
-// of them.
-xla::ffi::Error FindMember(const char* operation, cudaStream_t stream, int device, xla::ffi::RunId run,
+// `devices` lists the devices (JAX's ids) of all groups along the axis, group by group, `num_ranks` each; the CUDA
+// device `ordinal` is one of them.
+xla::ffi::Error FindMember(const char* operation, cudaStream_t stream, int ordinal, xla::ffi::RunId run,
                            xla::ffi::Span<const int64_t> devices, int64_t num_ranks, Member* member);
+
+// Before the launch, of all addresses that the call puts into its mail: where a peer could not reach one, the call is
+// refused.
+void CheckMail(Member* member, std::initializer_list<const void*> addresses);
 
 // After the launch: the launch's error, else the failure that came before, else success.
 xla::ffi::Error Report(const char* operation, const Member& member, cudaError_t launched);

@@ -55,6 +55,7 @@ struct GroupView {
   uint64_t timeout_ns;
   Status* status;
   Window* window[kMaxRanks];
+  uint64_t shift[kMaxRanks];  // what makes an address in that rank's mail one of this process; 0 in its own
 };
 
 enum Operation : uint32_t { kDispatch, kDispatchCached, kNotify, kCombine, kBarrier };

@@ -12,18 +12,35 @@ class Config:
       timeout: seconds after which a wait for another rank or process gives up and becomes an error (default 60).
         Setting it takes effect at once, in programs that are compiled already and in calls that are under way: kernels
         read it while they wait. It is this process's own; set it alike in all of them.
+      max_groups: for how many groupings of devices (a mesh and its expert-parallel axes) kernels can serve several
+        processes (default 8); each takes about 10 MB on every GPU. Read by `initialize`, the same in every process;
+        further ones are served by XLA's collectives.
 
     Example:
       >>> import jax_ep
       >>> jax_ep.config.timeout = 120.0
     """
 
-    __slots__ = ("_timeout",)
+    __slots__ = ("_max_groups", "_timeout")
 
     _timeout: float
 
     def __init__(self) -> None:
+        self._max_groups = 8
         self.timeout = 60.0
+
+    @property
+    def max_groups(self) -> int:
+        """For how many groupings of devices kernels can serve several processes."""
+        return self._max_groups
+
+    @max_groups.setter
+    def max_groups(self, number: int) -> None:
+        if number != int(number) or number < 1:
+            raise ValueError(
+                f"config: max_groups must be a positive integer, got {number}. Use 8 (the default) or more."
+            )
+        self._max_groups = int(number)
 
     @property
     def timeout(self) -> float:
@@ -41,7 +58,7 @@ class Config:
         self._timeout = seconds
 
     def __repr__(self) -> str:
-        return f"jax_ep.config(timeout={self._timeout})"
+        return f"jax_ep.config(timeout={self._timeout}, max_groups={self._max_groups})"
 
 
 config = Config()

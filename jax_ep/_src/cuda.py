@@ -1,7 +1,7 @@
 """The primitives on CUDA: which kernel serves a call, and what it is told. The table at the end says which primitives have one.
 
-Whatever a kernel does not take falls back to the reference, with the same meaning: no peer access, several processes, empty
-arrays, shapes beyond the kernel's limits. Neighbours: group.py finds the devices, ffi/*/*_ffi.cc are the other side.
+Whatever a kernel does not take falls back to the reference, with the same meaning: no peer access, processes on several hosts,
+empty arrays, shapes beyond the kernel's limits. Neighbours: group.py finds the devices, ffi/*/*_ffi.cc are the other side.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ def _reference(meaning: Rule) -> Rule:
     return compat.mlir.lower_fun(meaning, multiple_results=True)
 
 
-def _groups(ctx: Any, routing: Routing) -> group.Ordinals | None:
+def _groups(ctx: Any, routing: Routing) -> group.Groups | None:
     return group.along(ctx.module_context.axis_context, routing.axis_name)
 
 

@@ -1,45 +1,76 @@
 """Which devices exchange with which: a group is the devices along the expert-parallel axes, rank by rank.
 
-Found while a call is lowered, when the mesh is known; ffi/group/ makes its memory then and there. The call carries the
-devices as an attribute and nothing else: no ids of hidden state, so that a cached executable finds its group again.
+Found while a call is lowered, when the mesh is known; ffi/group/ makes its memory then and there, or takes it from what
+`initialize` exchanged (peers.py). The call carries JAX's ids of the devices as an attribute and nothing else: the same in
+every process, and no ids of hidden state, so that a cached executable finds its group again.
 """
 
 from __future__ import annotations
 
 import functools
+import warnings
 from typing import Any
 
 import jax
 import numpy as np
 
-from jax_ep._src import targets
+from jax_ep._src import compat, coordination, peers, targets
 
-Ordinals = tuple[tuple[int, ...], ...]
+Groups = tuple[peers.Group, ...]
 
 
-def along(axis_context: Any, axis_name: tuple[str, ...]) -> Ordinals | None:
-    """CUDA ordinals of each group along the axes, rank by rank, their memory ready; None where kernels cannot serve.
+def along(axis_context: Any, axis_name: tuple[str, ...]) -> Groups | None:
+    """Device ids of each group along the axes, rank by rank, their memory ready; None where kernels cannot serve.
 
-    That is: no devices are known (export), not GPUs of this process, or GPUs that do not reach each other's memory.
+    That is: no devices are known (export), not GPUs, or GPUs that do not reach each other's memory. In every process of a
+    program the answer is the same.
     """
     mesh = getattr(axis_context, "mesh", None)
     if not isinstance(mesh, jax.sharding.Mesh) or mesh.empty:
         return None
     devices = np.moveaxis(mesh.devices, [mesh.axis_names.index(name) for name in axis_name], range(len(axis_name)))
     num_ranks = int(np.prod(devices.shape[: len(axis_name)]))
-    return _of_devices(tuple(map(tuple, devices.reshape(num_ranks, -1).T)))
+    return _of_devices(tuple(map(tuple, devices.reshape(num_ranks, -1).T)), peers.world())
 
 
 @functools.lru_cache(maxsize=256)
-def _of_devices(groups: tuple[tuple[Any, ...], ...]) -> Ordinals | None:
-    devices = [device for group in groups for device in group]
-    if any(device.platform != "gpu" or device.process_index != jax.process_index() for device in devices):
+def _of_devices(device_groups: tuple[tuple[Any, ...], ...], world: peers.World | None) -> Groups | None:
+    devices = [device for group in device_groups for device in group]
+    if any(device.platform != "gpu" for device in devices):
         return None
-    ordinals = tuple(tuple(device.local_hardware_id for device in group) for group in groups)
-    if any(ordinal is None for group in ordinals for ordinal in group):
+    here = [device for device in devices if device.process_index == jax.process_index()]
+    ordinals = {device.id: device.local_hardware_id for device in here}
+    if not here or None in ordinals.values():
         return None
-    if not all(targets.have_peer_access(list(group)) for group in ordinals):
-        return None
-    for group in ordinals:
-        targets.make_group(list(group))
-    return ordinals
+    groups = tuple(tuple(device.id for device in group) for group in device_groups)
+    number = None
+    if len(here) == len(devices):
+        if not all(targets.have_peer_access([ordinals[i] for i in group]) for group in groups):
+            return None
+    else:
+        why_not = (
+            world.why_not(groups) if world else "jax_ep.initialize() was not called before this program was compiled"
+        )
+        if (
+            world
+            and not why_not
+            and any(len({device.process_index for device in group}) > 1 for group in device_groups)
+        ):
+            number = coordination.claim(compat.distributed_client(), "windows", repr(groups), world.max_groups)
+            if number is None:
+                why_not = f"there are more than jax_ep.config.max_groups = {world.max_groups} groupings of devices"
+        if why_not:
+            warnings.warn(
+                f"jax_ep: XLA's collectives, not the kernels, serve a group over several processes: {why_not}",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+            return None
+    targets.set_ordinals({device.id: device.local_hardware_id for device in here[0].client.local_devices()})
+    for group in groups:
+        if ordinals.keys() >= set(group):
+            targets.make_group(list(group))
+        elif world and number is not None and not ordinals.keys().isdisjoint(group):
+            places = [targets.Place(*place) for place in world.places(group, number, ordinals)]
+            targets.make_spanning_group(list(group), places)
+    return groups

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import jax
 
+BARRIER = "jax_ep_barrier"
 COMBINE = "jax_ep_combine"
 DISPATCH = "jax_ep_dispatch"
 DISPATCH_CACHED = "jax_ep_dispatch_cached"
@@ -50,6 +51,18 @@ check_ffi_api(_core.ffi_api, installed_ffi_api(jax.ffi.include_dir()))
 for _target, _handler in _core.handlers().items():
     jax.ffi.register_ffi_target(_target, _handler, platform="CUDA")
 
+Place = _core.Place
+built_ffi_api: Version = _core.ffi_api
+cuda_version: Version = _core.cuda_version
+export_allocation = _core.export_allocation
+has_failed_spanning = _core.has_failed_spanning
 have_peer_access = _core.have_peer_access
+import_memory = _core.import_memory
 make_group = _core.make_group
+make_shared_memory = _core.make_shared_memory
+make_spanning_group = _core.make_spanning_group
+resume = _core.resume
+set_ordinals = _core.set_ordinals
 set_timeout = _core.set_timeout
+spanning_generation = _core.spanning_generation
+window_bytes: int = _core.window_bytes

@@ -43,6 +43,15 @@ def test_programs_call_the_kernels_and_no_collective(layout):
     assert "all_gather" not in text and "all_to_all" not in text
 
 
+def test_a_barrier_is_a_kernel_that_counts_the_ranks():
+    mesh = jax.make_mesh((len(jax.devices()),), ("e",), axis_types=(jax.sharding.AxisType.Auto,))
+    f = jax.jit(jax.shard_map(lambda: jax_ep.barrier("e"), mesh=mesh, in_specs=(), out_specs=P("e")))
+    text = f.lower().as_text()
+    assert "@jax_ep_barrier(" in text and "all_reduce" not in text
+    for _ in range(20):
+        np.testing.assert_array_equal(f(), np.full(mesh.size, mesh.size, np.int32))
+
+
 @pytest.mark.parametrize("layout", ["expert", "rank", "batched"])
 def test_many_calls_in_flight_give_the_same_bits(layout):
     f = shard_map(pair(layout))

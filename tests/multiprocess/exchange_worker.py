@@ -1,12 +1,16 @@
-"""The suite's core on 2 processes with 4 devices each: each process compares the shards that it holds with the oracle's.
+"""The suite's core on 2 processes with 4 devices each, or on GPUs: each process compares the shards that it holds with the oracle's.
 
-`core` runs every check in turn and returns what failed, by name: starting processes takes longer than checking.
+`core` and `core_on_gpus` run every check in turn and return what failed, by name: starting processes takes longer than
+checking.
 """
 
 import dataclasses
 import functools
+import os
+import signal
 import time
 import traceback
+import warnings
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +23,7 @@ from spmd import assert_same_bits, dispatch, inputs, merge_ranks
 from strategies import draw_topk_idx, gates, integers, normal, stamped
 
 import jax_ep
+from jax_ep._src import compat
 
 EXCHANGES = [
     *("expert-eight-ranks", "expert-tight-aligned", "expert-two-axes"),
@@ -29,11 +34,11 @@ STYLES = ("distinct", "invalid", "one_rank")
 
 
 def mesh_of(c):
-    """The case's mesh over both processes: every other rank of a mesh with fewer than 8 devices is the other process's."""
-    devices = jax.devices()
+    """The case's mesh over all processes: neighbours in a mesh of fewer devices than there are belong to different processes."""
+    devices, num_processes = jax.devices(), jax.process_count()
     if c.num_ranks < len(devices):
-        by_process = [[d for d in devices if d.process_index == i] for i in range(2)]
-        devices = [by_process[i % 2][i // 2] for i in range(c.num_ranks)]
+        by_process = [[d for d in devices if d.process_index == i] for i in range(num_processes)]
+        devices = [by_process[i % num_processes][i // num_processes] for i in range(c.num_ranks)]
     names, sizes = zip(*c.mesh_axes, strict=True)
     return Mesh(np.array(devices).reshape(sizes), names)
 
@@ -59,7 +64,8 @@ def compare(got, expected, name="", compare_shard=assert_same_bits):
     expected = merge_ranks(expected)
     assert got.shape == expected.shape, name
     shards = got.addressable_shards
-    assert 0 < len(shards) < len(got.sharding.device_set), name  # both processes take part
+    assert len(shards) > 0, name
+    assert len(shards) < len(got.sharding.device_set) or jax.process_count() == 1, name  # both processes take part
     for shard in shards:
         compare_shard(np.asarray(shard.data), expected[shard.index], f"{name} on {shard.device}")
 
@@ -144,9 +150,9 @@ def wire_formats():
     compare(out, c.num_topk * x)
 
 
-def gradients(layout):
+def gradients(layout, c=None):
     """Of a layer with tanh experts, in x, gates and expert parameters: those of the dense computation in one process."""
-    c = dataclasses.replace(case(f"{layout}-eight-ranks"), dtype="float32")
+    c = dataclasses.replace(c or case(f"{layout}-eight-ranks"), dtype="float32")
 
     def layer(x, topk_idx, weights, scale):
         recv, handle = dispatch(c, x, topk_idx, weights)
@@ -209,9 +215,10 @@ def nested_mesh(expert_axis_crosses):
 
 def barrier():
     """No rank leaves before the last one has come."""
-    mesh = mesh_of(case("expert-eight-ranks"))
+    num_ranks = jax.device_count()
+    mesh = Mesh(np.array(jax.devices()), ("expert",))
     wait = jax.jit(jax.shard_map(lambda: jax_ep.barrier("expert"), mesh=mesh, in_specs=(), out_specs=P("expert")))
-    compare(wait(), np.full((8, 1), 8, np.int32))
+    compare(wait(), np.full((num_ranks, 1), num_ranks, np.int32))
     if jax.process_index() == 1:
         time.sleep(1)
     before = time.time()
@@ -238,11 +245,29 @@ CHECKS = {
 }
 
 
+def core_of_four():
+    """The part of it that four processes with two devices each can do: no mesh without one of them."""
+    jax_ep.initialize()
+    assert jax.process_count() == 4 and jax.local_device_count() == 2
+    names = (
+        "exchange expert-eight-ranks",
+        "exchange rank-tight",
+        "exchange batched-eight-ranks",
+        "gradients expert",
+        "halves",
+    )
+    return run_all({name: CHECKS[name] for name in (*names, "barrier", "calling again")})
+
+
 def core():
     jax_ep.initialize()
     assert jax.process_count() == 2 and jax.local_device_count() == 4
+    return run_all(CHECKS)
+
+
+def run_all(checks):
     failed, seconds, returned = {}, {}, {}
-    for name, check in CHECKS.items():
+    for name, check in checks.items():
         start = time.monotonic()
         try:
             returned[name] = check()
@@ -250,3 +275,118 @@ def core():
             failed[name] = traceback.format_exc()
         seconds[name] = round(time.monotonic() - start, 1)
     return {"failed": failed, "seconds": seconds, "barrier": returned.get("barrier")}
+
+
+# ---- on GPUs, through the kernels ------------------------------------------------------------------------------------
+
+
+def on_all_gpus(name):
+    """The case with one rank a GPU of all processes, and as many experts on each."""
+    c, num_ranks = case(name, exact=True), jax.device_count()
+    num_experts = c.num_local_experts * num_ranks
+    return dataclasses.replace(
+        c, num_ranks=num_ranks, num_experts=num_experts, num_topk=min(c.num_topk, num_experts), axes=()
+    )
+
+
+def small_call():
+    """A program of one dispatch and one combine on all GPUs: x f32[R * 16, 64] of this process's making to R * x."""
+    num_ranks = jax.device_count()
+    mesh, spec = Mesh(np.array(jax.devices()), ("expert",)), P("expert")
+
+    def f(x, topk_idx):
+        recv, handle = jax_ep.dispatch(x, topk_idx, axis_name="expert", num_experts=num_ranks)
+        return jax_ep.combine(recv.x, handle)
+
+    compiled = jax.jit(jax.shard_map(f, mesh=mesh, in_specs=spec, out_specs=spec))
+    topk_idx = np.tile(np.arange(num_ranks, dtype=np.int32), (16 * num_ranks, 1))
+
+    def call(value):
+        x = np.full((16 * num_ranks, 64), value, np.float32)
+        out = compiled(*spread(mesh, spec, (x, topk_idx)))
+        return np.concatenate([np.asarray(shard.data) for shard in out.addressable_shards])
+
+    call.text = lambda: compiled.lower(
+        *spread(mesh, spec, (np.zeros((16 * num_ranks, 64), np.float32), topk_idx))
+    ).as_text()
+    return call
+
+
+def kernels_serve():
+    text = small_call().text()
+    assert "@jax_ep_dispatch(" in text and "@jax_ep_combine(" in text
+    assert "all_gather" not in text and "all_to_all" not in text
+
+
+def many_calls():
+    call = small_call()
+    for i in range(50):
+        assert (call(i) == i * jax.device_count()).all()
+
+
+def core_on_gpus():
+    jax_ep.initialize()
+    checks = {"kernels serve": kernels_serve, "many calls": many_calls, "barrier": barrier}
+    checks |= {f"exchange {name}": lambda name=name: exchange(on_all_gpus(name)) for name in EXCHANGES}
+    for layout in ("expert", "rank", "batched"):
+        checks[f"gradients {layout}"] = lambda layout=layout: gradients(layout, on_all_gpus(f"{layout}-eight-ranks"))
+    return run_all(checks)
+
+
+def error_of(call, tries=4):
+    """What calling again and again ends in, and after how many seconds."""
+    start = time.monotonic()
+    for _ in range(tries):
+        try:
+            call(1)
+        except jax.errors.JaxRuntimeError as error:
+            return str(error), time.monotonic() - start
+    return None, time.monotonic() - start
+
+
+def both_here(name):
+    """Both processes have come here; no part of what is tested."""
+    compat.distributed_client().wait_at_barrier(f"test/{name}", 60_000)
+
+
+def comes_late():
+    """Process 1 stays away from a call, then comes: both learn of it, and after initialize both are right again."""
+    jax_ep.initialize()
+    jax_ep.config.timeout = 2.0
+    call, me, num_ranks = small_call(), jax.process_index(), jax.device_count()
+    assert (call(1) == num_ranks).all()
+    both_here("right")
+    errors = [error_of(call)] if me == 0 else []
+    both_here("0 has failed")
+    errors += [error_of(call)]
+    both_here("both have failed")
+    jax_ep.initialize()
+    both_here("resumed")  # without it process 1 might call while 0 still compares
+    right = [bool((call(i) == i * num_ranks).all()) for i in range(1, 5)]
+    return {"errors": errors, "right": right}
+
+
+def dies():
+    """Process 1 is killed between two calls; what process 0 is told."""
+    jax_ep.initialize()
+    jax_ep.config.timeout = 3.0
+    call = small_call()
+    assert (call(1) == jax.device_count()).all()
+    both_here("right")
+    if jax.process_index() == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return error_of(call)
+
+
+def falls_back():
+    """What is compiled where a process's memory cannot be shared: in every process the same, and each says why."""
+    jax_ep.initialize()
+    call = small_call()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        text = call.text()
+    return {
+        "kernels": "@jax_ep_dispatch(" in text,
+        "warnings": [str(warning.message) for warning in caught if "jax_ep" in str(warning.message)],
+        "right": bool((call(3) == 3 * jax.device_count()).all()),
+    }

@@ -7,7 +7,7 @@
 //
 // nvcc -O3 -std=c++17 -Iffi -gencode arch=compute_90a,code=sm_90a -o kernels tests/gpu/kernels/kernels.cu
 // ffi/dispatch/dispatch.cu
-//   ffi/combine/combine.cu ffi/low_latency/*.cu ffi/group/barrier.cu ffi/group/group.cc
+//   ffi/combine/combine.cu ffi/group/barrier.cu ffi/group/group.cc
 #include <algorithm>
 #include <chrono>
 #include <cstdio>
@@ -135,8 +135,14 @@ bool CheckCase(Case c, int stride = 1) {
       ok &= Same("carried_back", r, arrays[r].combine.carried_back, CarriedBack(c, routing, r, carried));
     }
   }
-  ranks.Launch([&](int r, cudaStream_t stream) { return LaunchBarrier(ranks.group.view(r), false, stream); });
+  ranks.Launch([&](int r, cudaStream_t stream) {
+    return LaunchBarrier(ranks.group.view(r), false, arrays[r].dispatch.counts, stream);
+  });
   ok &= ranks.Wait();
+  for (int r = 0; r < R; ++r) {
+    CHECK_CUDA(cudaSetDevice(ranks.device[r]));
+    ok &= Same("barrier", r, arrays[r].dispatch.counts, std::vector<int32_t>{R});
+  }
   std::printf("%-44s R %d T %5d K %2d E %4d C %6d H %5lld sms %2d: %s\n", c.name.c_str(), R, c.num_tokens, c.num_topk,
               c.num_experts, c.capacity, (long long)c.hidden, c.num_sms, ok ? "ok" : "FAILED");
   std::fflush(stdout);

@@ -1,0 +1,63 @@
+"""What processes tell each other through JAX's coordination service: a key-value store, no collective and no device.
+
+`client` is the service's (compat.distributed_client). Neighbours: bootstrap.py and peers.py.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from typing import Any
+
+import jax
+
+from jax_ep._src.config import config
+
+
+def gather(client: Any, topic: str, mine: Any, me: int, num_processes: int) -> list[Any]:
+    """Every process's word on `topic`, in the order of the processes; each is anything that JSON holds.
+
+    Raises:
+      RuntimeError: processes did not say theirs within `jax_ep.config.timeout` seconds; they are named.
+    """
+    client.key_value_set(f"jax_ep/{topic}/{me}", json.dumps(mine), allow_overwrite=True)
+    deadline = time.monotonic() + config.timeout
+    words, missing = [], []
+    for process in range(num_processes):
+        milliseconds = max(1, round(1000 * (deadline - time.monotonic())))
+        try:
+            words.append(json.loads(client.blocking_key_value_get(f"jax_ep/{topic}/{process}", milliseconds)))
+        except jax.errors.JaxRuntimeError as error:
+            if "DEADLINE_EXCEEDED" not in str(error):
+                raise
+            missing.append(process)
+    if missing:
+        raise RuntimeError(
+            f"initialize: each of the {num_processes} processes must call jax_ep.initialize() within {config.timeout:g} s, "
+            f"got no word from process {', '.join(map(str, missing))} on process {me} ({topic}). Look at its log, or raise "
+            "jax_ep.config.timeout."
+        )
+    return words
+
+
+def somebody_spoke(client: Any, topic: str) -> bool:
+    """Whether a process has said its word on `topic`."""
+    return bool(client.key_value_dir_get(f"jax_ep/{topic}/"))
+
+
+def claim(client: Any, topic: str, owner: str, count: int) -> int | None:
+    """The number from 0 to `count` - 1 that belongs to `owner`: the first free one, the same for every process that asks.
+
+    None where all are taken by others. Nothing is ever given back, so all who ask get the same answer in any order.
+    """
+    for number in range(count):
+        key = f"jax_ep/{topic}/{number}"
+        try:
+            client.key_value_set(key, owner)
+        except jax.errors.JaxRuntimeError as error:
+            if "ALREADY_EXISTS" not in str(error):
+                raise
+            if client.key_value_try_get(key) != owner:
+                continue
+        return number
+    return None

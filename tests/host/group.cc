@@ -1,0 +1,169 @@
+// The host's side of a group without a GPU: what Group tells handlers when ranks fail, within a process and over
+// several. The CUDA runtime here is this file's: device memory is host memory, and launches are written down.
+//
+// g++ -std=c++17 -Iffi -I<cuda>/include -o group tests/host/group.cc ffi/group/group.cc -lpthread
+#include "group/group.h"
+
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <stdexcept>
+#include <utility>
+
+#include "combine/combine.h"
+#include "dispatch/dispatch.h"
+#include "group/barrier.h"
+
+extern "C" {
+cudaError_t cudaGetDeviceCount(int* count) { return *count = 2, cudaSuccess; }
+cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
+cudaError_t cudaSetDevice(int) { return cudaSuccess; }
+cudaError_t cudaGetLastError() { return cudaSuccess; }
+const char* cudaGetErrorString(cudaError_t) { return "an error"; }
+cudaError_t cudaDeviceEnablePeerAccess(int, unsigned int) { return cudaSuccess; }
+cudaError_t cudaDeviceCanAccessPeer(int* can, int, int) { return *can = 1, cudaSuccess; }
+cudaError_t cudaMalloc(void** memory, size_t bytes) { return *memory = std::calloc(bytes, 1), cudaSuccess; }
+cudaError_t cudaHostAlloc(void** memory, size_t bytes, unsigned int) { return cudaMalloc(memory, bytes); }
+cudaError_t cudaMemset(void* memory, int value, size_t bytes) { return std::memset(memory, value, bytes), cudaSuccess; }
+cudaError_t cudaMemcpy(void* to, const void* from, size_t bytes, cudaMemcpyKind) {
+  return std::memcpy(to, from, bytes), cudaSuccess;
+}
+cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMemcpyKind kind, cudaStream_t) {
+  return cudaMemcpy(to, from, bytes, kind);
+}
+cudaError_t cudaStreamCreateWithFlags(cudaStream_t*, unsigned int) { return cudaSuccess; }
+cudaError_t cudaStreamDestroy(cudaStream_t) { return cudaSuccess; }
+cudaError_t cudaStreamSynchronize(cudaStream_t) { return cudaSuccess; }
+}
+
+namespace jax_ep {
+
+using Begun = std::vector<std::pair<int, uint64_t>>;  // rank, generation
+Begun g_begun;
+
+cudaError_t LoadDispatch() { return cudaSuccess; }
+cudaError_t LoadCombine() { return cudaSuccess; }
+cudaError_t LoadBarrier() { return cudaSuccess; }
+cudaError_t LaunchBeginGeneration(const GroupView* view, uint64_t generation, cudaStream_t) {
+  return g_begun.push_back({view->rank, generation}), cudaSuccess;
+}
+
+namespace {
+
+#define EXPECT(...)                                                        \
+  do {                                                                     \
+    if (!(__VA_ARGS__)) {                                                  \
+      std::printf("%s:%d not so: %s\n", __FILE__, __LINE__, #__VA_ARGS__); \
+      std::exit(1);                                                        \
+    }                                                                      \
+  } while (0)
+
+bool Has(const std::string& text, const char* part) { return text.find(part) != std::string::npos; }
+
+// As a kernel of `rank` reports that it waited for `peer`, in a call of `generation`.
+void Fail(Group& group, int rank, int peer, uint64_t generation) {
+  Status* status = group.view(rank)->status;
+  status->operation = kCombine, status->phase = kRows, status->rank = rank, status->peer = peer;
+  status->epoch = generation << kCountBits | 3;
+  status->expected = MakeFlag(status->epoch, 1), status->seen = 0;
+  status->failures = status->failures + 1;
+}
+
+Begun TakeBegun() { return std::exchange(g_begun, {}); }
+
+// Two devices of this process that are numbered otherwise in the job.
+void OneProcess() {
+  Group& group = Group::OfDevices({11, 10});
+  EXPECT(&group == &Group::OfDevices({11, 10}) && &group != &Group::OfDevices({10, 11}));
+  EXPECT(group.view(0)->shift[1] == 0 && group.view(0)->window[1] == group.view(1)->window[1]);
+  EXPECT(group.Enter(0, 1, nullptr).empty() && group.Enter(1, 1, nullptr).empty());
+  Fail(group, 1, 0, 0);
+  const std::string told = group.Enter(0, 2, nullptr);
+  EXPECT(Has(told, "combine: rank 1 waited for rank 0 in phase rows") && !Has(told, "process"));
+  EXPECT(group.Enter(1, 2, nullptr) == told);  // the same run
+  EXPECT(TakeBegun().empty());
+  EXPECT(group.Enter(1, 3, nullptr).empty() && group.Enter(0, 3, nullptr).empty());
+  EXPECT(TakeBegun() == Begun{{1, 1}, {0, 1}});
+  Fail(group, 0, 1, 0);  // a late consequence is no news
+  EXPECT(group.Enter(0, 4, nullptr).empty() && TakeBegun().empty());
+  EXPECT(group.CheckShared(0, &group).empty());
+  EXPECT(!Group::HasFailedSpanning());
+}
+
+std::vector<Place> Places(char* windows) {
+  const auto window = [&](int i) { return reinterpret_cast<uint64_t>(windows) + i * sizeof(Window); };
+  const uint64_t negative = -4096;
+  return {{0, 1, window(0), 5000, 100, 0}, {4, -1, window(1), 7000, 100, negative}, {0, 0, window(2), 9000, 100, 0}};
+}
+
+void SeveralProcesses() {
+  auto* windows = static_cast<char*>(std::calloc(6, sizeof(Window)));
+  Group::MakeSpanning({11, 12, 10}, Places(windows));
+  Group& group = Group::OfDevices({11, 12, 10});
+  Group::MakeSpanning({11, 12, 10}, Places(windows));
+  EXPECT(&group == &Group::OfDevices({11, 12, 10}));
+  EXPECT(group.view(1) == nullptr);
+  for (int rank : {0, 2}) {
+    const GroupView& view = *group.view(rank);
+    EXPECT(view.rank == rank && view.num_ranks == 3);
+    for (int i = 0; i < 3; ++i) EXPECT(reinterpret_cast<char*>(view.window[i]) == windows + i * sizeof(Window));
+    EXPECT(view.shift[0] == 0 && 7050 + view.shift[1] == 7050 - 4096 && view.shift[2] == 0);
+  }
+  EXPECT(group.Enter(0, 1, nullptr).empty() && !Group::HasFailedSpanning());
+
+  Fail(group, 2, 1, 0);
+  EXPECT(Group::HasFailedSpanning() && Group::HasFailedSpanning());
+  for (int run : {1, 2, 3}) {  // there is no run in which it goes on by itself
+    const std::string told = group.Enter(0, run, nullptr);
+    EXPECT(Has(told, "rank 2 of process 0 waited for rank 1 of process 4") && Has(told, "Call jax_ep.initialize()"));
+  }
+  EXPECT(TakeBegun().empty());
+  Group::Resume(7);
+  EXPECT(Group::SpanningGeneration() == 7 && !Group::HasFailedSpanning());
+  EXPECT(group.Enter(2, 4, nullptr).empty() && group.Enter(0, 4, nullptr).empty() &&
+         group.Enter(2, 5, nullptr).empty());
+  EXPECT(TakeBegun() == Begun{{2, 7}, {0, 7}});
+  Fail(group, 0, 2, 6);
+  EXPECT(group.Enter(0, 5, nullptr).empty());
+
+  EXPECT(group.CheckShared(2, nullptr).empty());
+  EXPECT(group.CheckShared(2, reinterpret_cast<void*>(9000)).empty());
+  EXPECT(group.CheckShared(2, reinterpret_cast<void*>(9099)).empty());
+  EXPECT(!Group::HasFailedSpanning());
+  EXPECT(Has(group.CheckShared(2, reinterpret_cast<void*>(9100)), "an array of rank 2 lies outside"));
+  EXPECT(Has(group.CheckShared(0, reinterpret_cast<void*>(4999)),
+             "an array of rank 2"));  // the first failure is the one told
+  EXPECT(Group::HasFailedSpanning() && Has(group.Enter(0, 6, nullptr), "lies outside"));
+
+  Group::MakeSpanning({10, 12, 11},
+                      Places(windows + 3 * sizeof(Window)));  // made later, in the same generation as the rest
+  Group& later = Group::OfDevices({10, 12, 11});
+  EXPECT(later.Enter(0, 7, nullptr).empty());
+  EXPECT(TakeBegun() == Begun{{0, 7}});
+}
+
+void Unknown() {
+  EXPECT(Group::DeviceOf(0) == 10 && Group::DeviceOf(1) == 11);
+  try {
+    Group::OfDevices({10, 99});
+    EXPECT(false);
+  } catch (const std::runtime_error& error) {
+    EXPECT(Has(error.what(), "device 99 is another process's") && Has(error.what(), "jax_ep.initialize()"));
+  }
+}
+
+}  // namespace
+}  // namespace jax_ep
+
+int main() {
+  using namespace jax_ep;
+  EXPECT(Group::DeviceOf(1) == 1);  // as long as nobody says otherwise
+  Group::SetOrdinals({{10, 0}, {11, 1}});
+  OneProcess();
+  SeveralProcesses();
+  Unknown();
+  Group::SetTimeout(1.5);
+  EXPECT(Group::OfDevices({11, 12, 10}).view(0)->timeout_ns == 1'500'000'000);
+  std::printf("GROUP OK\n");
+  return 0;
+}

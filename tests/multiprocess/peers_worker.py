@@ -1,0 +1,155 @@
+"""What two processes make of each other's memory, with files in place of GPUs'; test_peers.py says what is right.
+
+A process has two devices. Their "memory" is a memfd each for windows and arena, mapped like a GPU's.
+"""
+
+import ctypes
+import mmap
+import os
+from pathlib import Path
+
+import jax
+from jax._src import distributed
+
+import jax_ep
+from jax_ep._src import compat, coordination, peers, targets
+
+
+class FileMemory:
+    """Files that live in memory, of the pages of which others may map as many as they like."""
+
+    def __init__(self, device_ids, refusal=None):
+        self._device_ids, self._refusal = device_ids, refusal
+        self.mapped = {}  # by address
+        self.exports = 0
+
+    def device_ids(self):
+        return self._device_ids
+
+    def have_peer_access(self):
+        return True
+
+    def export(self, window_bytes):
+        self.exports += 1
+        if self._refusal:
+            raise RuntimeError(self._refusal)
+        return [(self._new(window_bytes), self._new(1 << 16)) for _ in self._device_ids]
+
+    def map(self, descriptor, num_bytes):
+        pages = mmap.mmap(descriptor, num_bytes)
+        address = ctypes.addressof(ctypes.c_char.from_buffer(pages))
+        self.mapped[address] = pages
+        return address
+
+    def _new(self, num_bytes):
+        descriptor = os.memfd_create("jax_ep test")
+        os.ftruncate(descriptor, num_bytes)
+        return peers.Region(descriptor, self.map(descriptor, num_bytes), num_bytes)
+
+
+def word(address, value=None):
+    """The 64-bit word at an address, written if there is a value."""
+    place = ctypes.c_uint64.from_address(address)
+    if value is not None:
+        place.value = value
+    return place.value
+
+
+def start(refusal_of_process_1=None):
+    me, client = jax.process_index(), compat.distributed_client()
+    memory = FileMemory([100 + me, 200 + me], refusal_of_process_1 if me == 1 else None)
+    return me, client, memory
+
+
+def both_here(name):
+    distributed.global_state.client.wait_at_barrier(f"test/{name}", 60_000)
+
+
+def shares():
+    """Windows and arenas of the other process are read and written by their addresses here."""
+    me, client, memory = start()
+    if me == 0:  # comes too early, then again
+        jax_ep.config.timeout = 1.0
+        try:
+            peers.exchange(client, me, 2, memory)
+        except RuntimeError as error:
+            early = str(error)
+        jax_ep.config.timeout = 60.0
+    both_here("early")
+    world = peers.exchange(client, me, 2, memory)
+    other, ordinals = 1 - me, {100 + me: 0, 200 + me: 1}
+    group = (100, 201, 101, 200)
+    places = world.places(group, 3, ordinals)
+    # Every rank leaves a word in every other's window, at its own place there.
+    for rank, (_, _, window, *_) in enumerate(places):
+        for source in (i for i, place in enumerate(places) if place[1] >= 0):
+            word(window + 8 * source, 1000 * source + rank)
+    # An address in the arena of a device as its owner sees it, for the other to translate.
+    own = next(i for i, place in enumerate(places) if place[1] == 0)
+    begin, num_bytes, shift = places[own][3:]
+    posted = begin + num_bytes - 64
+    word(posted, 7000 + me)
+    theirs = coordination.gather(client, "posted", [own, posted], me, 2)
+    rank, address = theirs[other]
+    read = word((address + places[rank][5]) % 2**64)
+    both_here("written")
+    windows = [[word(window + 8 * i) for i in range(4)] for _, device, window, *_ in places if device >= 0]
+    neighbours = [word(window + peers.window_stride()) for _, device, window, *_ in places if device >= 0]
+    return {
+        "early": early if me == 0 else None,
+        "exports": memory.exports,
+        "again": peers.exchange(client, me, 2, memory) is world,
+        "why_not": [world.why_not(groups) for groups in ([group], [(100, 200), (101, 201)], [(100, 999)])],
+        "places": [place[:2] for place in places],
+        "own_shift": shift,
+        "windows": windows,
+        "neighbours": neighbours,
+        "read": read,
+        "left_open": open_files() - len(memory.mapped),  # mmap keeps one each
+    }
+
+
+def open_files():
+    """How many descriptors of FileMemory this process has."""
+    links = (path for path in Path("/proc/self/fd").iterdir() if path.is_symlink())
+    return sum("jax_ep test" in str(path.readlink()) for path in links)
+
+
+def refuses():
+    """One process cannot share: both say so, of groups over both, and of no others."""
+    me, client, memory = start(refusal_of_process_1="its memory grows")
+    world = peers.exchange(client, me, 2, memory)
+    return [world.why_not(groups) for groups in ([(100, 101)], [(100, 200), (101, 201)])]
+
+
+def claims():
+    """Two processes that meet the same groups in different orders give them the same numbers."""
+    me, client = jax.process_index(), compat.distributed_client()
+    owners = ["a", "b", "c", "d"]
+    first = {owner: coordination.claim(client, "test", owner, 3) for owner in (owners if me == 0 else owners[::-1])}
+    return first, {owner: coordination.claim(client, "test", owner, 3) for owner in owners}
+
+
+def resumes():
+    """A failure that one process has heard of: it asks, the other joins, and their generation is beyond both's."""
+    me = jax.process_index()
+    jax_ep.initialize()
+    seen = {"quiet": targets.spanning_generation()}
+    both_here("quiet")
+    if me == 0:
+        targets.resume(41)  # as if it had failed more often
+        targets.has_failed_spanning = lambda: True
+        jax_ep.config.timeout = 1.0
+        try:
+            jax_ep.initialize()
+        except RuntimeError as error:
+            seen["alone"] = str(error)
+        jax_ep.config.timeout = 60.0
+    both_here("asked")
+    jax_ep.initialize()
+    seen["together"] = targets.spanning_generation()
+    targets.has_failed_spanning = lambda: False
+    both_here("resumed")
+    jax_ep.initialize()
+    seen["again"] = targets.spanning_generation()
+    return seen

@@ -1,0 +1,163 @@
+"""Which groups kernels serve, and what is made for them: with GPUs that are only named, in a job that is only told of."""
+
+import dataclasses
+import types
+import warnings
+
+import jax
+import numpy as np
+import pytest
+
+import jax_ep
+from jax_ep._src import compat, coordination, group, peers, targets
+
+
+@dataclasses.dataclass(frozen=True)
+class Gpu:
+    """Number `id` of the job, number `local_hardware_id` of its process."""
+
+    id: int
+    process_index: int
+    local_hardware_id: int | None
+    platform: str = "gpu"
+
+    @property
+    def client(self):
+        return types.SimpleNamespace(local_devices=lambda: [gpu for gpu in GPUS if gpu.process_index == 0])
+
+
+# Processes 0 and 1 on one host, 2 on another; this is process 0. What is not of this process has no number here.
+GPUS = [Gpu(10 + i, i // 2, i % 2 if i < 2 else None) for i in range(6)]
+HOSTS = ["here", "here", "elsewhere"]
+
+
+def world(reasons=None, max_groups=8):
+    devices = {
+        gpu.id: peers.Device(
+            process=gpu.process_index,
+            windows=(1000 * gpu.id, 100),
+            arena=(100_000 * gpu.id, 5000),
+            windows_here=(1000 if gpu.process_index == 0 else 7000) * gpu.id,
+            arena_here=(100_000 if gpu.process_index == 0 else 90_000) * gpu.id,
+        )
+        for gpu in GPUS
+    }
+    return peers.World(0, HOSTS, reasons or {}, devices, max_groups)
+
+
+class Made:
+    """What ffi/group/ is asked for."""
+
+    def __init__(self):
+        self.local, self.spanning, self.ordinals = [], {}, {}
+
+
+@pytest.fixture
+def made(monkeypatch):
+    made, numbers = Made(), {}
+    monkeypatch.setattr(targets, "have_peer_access", lambda ordinals: True)
+    monkeypatch.setattr(targets, "set_timeout", lambda seconds: None)
+    monkeypatch.setattr(targets, "set_ordinals", made.ordinals.update)
+    monkeypatch.setattr(targets, "make_group", made.local.append)
+    monkeypatch.setattr(targets, "make_spanning_group", lambda ids, places: made.spanning.update({tuple(ids): places}))
+    monkeypatch.setattr(targets, "Place", lambda *fields: fields)
+    monkeypatch.setattr(compat, "distributed_client", lambda: None)
+
+    def claim(client, topic, owner, count):
+        assert topic == "windows"
+        number = numbers.setdefault(owner, len(numbers))
+        return number if number < count else None
+
+    monkeypatch.setattr(coordination, "claim", claim)
+    group._of_devices.cache_clear()
+    yield made
+    group._of_devices.cache_clear()
+
+
+def along(monkeypatch, known, ids, shape=(-1,), names=("expert",)):
+    """group.along of a mesh of these GPUs, and the warning, if any; the last axis is the experts'."""
+    monkeypatch.setattr(peers, "world", lambda: known)
+    by_id = {gpu.id: gpu for gpu in GPUS}
+    mesh = types.SimpleNamespace(
+        devices=np.array([by_id[i] for i in ids]).reshape(shape), axis_names=names, empty=False
+    )
+    monkeypatch.setattr(jax.sharding, "Mesh", types.SimpleNamespace)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        groups = group.along(types.SimpleNamespace(mesh=mesh), names[-1:])
+    return groups, [str(warning.message) for warning in caught]
+
+
+def test_a_group_over_two_processes_takes_its_windows_from_what_was_exchanged(monkeypatch, made):
+    groups, warned = along(monkeypatch, world(), [11, 12, 10, 13])
+    assert groups == ((11, 12, 10, 13),) and not warned
+    assert made.ordinals == {10: 0, 11: 1} and not made.local
+    (places,) = made.spanning.values()
+    assert [place[:2] for place in places] == [(0, 1), (1, -1), (0, 0), (1, -1)]
+    assert [place[2] for place in places] == [11_000, 84_000, 10_000, 91_000]
+    assert [place[3:5] for place in places] == [
+        (1_100_000, 5000),
+        (1_200_000, 5000),
+        (1_000_000, 5000),
+        (1_300_000, 5000),
+    ]
+    # 90 000 * 12 here is 100 000 * 12 there: what is added is negative, modulo 2^64.
+    assert [place[5] for place in places] == [0, 2**64 - 120_000, 0, 2**64 - 130_000]
+
+    along(monkeypatch, world(), [10, 12])
+    assert [place[2] for place in made.spanning[10, 12]] == [
+        own + peers.window_stride() for own in (10_000, 84_000)
+    ]  # the next windows
+
+
+def test_of_groups_within_processes_each_process_makes_its_own(monkeypatch, made):
+    groups, warned = along(monkeypatch, world(), [10, 11, 12, 13, 14, 15], (3, 2), ("data", "expert"))
+    assert groups == ((10, 11), (12, 13), (14, 15)) and not warned
+    assert made.local == [[10, 11]] and not made.spanning
+
+
+def test_groups_over_processes_of_several_hosts_are_made_where_their_devices_are(monkeypatch, made):
+    known = world()
+    groups, _ = along(monkeypatch, known, [10, 12, 11, 13], (2, 2), ("data", "expert"))
+    assert groups == ((10, 12), (11, 13)) and set(made.spanning) == {(10, 12), (11, 13)}
+    # Both groups of the mesh use the same number: they are disjoint.
+    assert [places[0][2] for places in made.spanning.values()] == [10_000, 11_000]
+
+
+@pytest.mark.parametrize(
+    ("known", "ids", "why"),
+    [
+        (None, [10, 12], r"jax_ep\.initialize\(\) was not called before this program was compiled"),
+        (world(), [10, 14], r"devices of one host, and processes \[0, 2\] are on several"),
+        (world({(1, 1): "its memory grows"}), [10, 12], "process 1: its memory grows"),
+        (world({(1, 0): "no peer access"}), [10, 12], "process 1 with process 0: no peer access"),
+        (world({(1,): "it has no NVLink"}), [10, 12], "process 1: it has no NVLink"),
+    ],
+)
+def test_where_kernels_cannot_serve_nothing_is_made_and_a_warning_says_why(monkeypatch, made, known, ids, why):
+    groups, (warned,) = along(monkeypatch, known, ids)
+    assert groups is None and not made.spanning and not made.local
+    with pytest.raises(AssertionError, match=f"XLA's collectives, not the kernels.*{why}"):
+        raise AssertionError(warned)
+
+
+def test_what_a_process_cannot_share_concerns_only_groups_that_span_it(monkeypatch, made):
+    known = world({(1, 1): "its memory grows", (2, 0): "no way"})
+    groups, warned = along(monkeypatch, known, [10, 11, 12, 13], (2, 2), ("data", "expert"))
+    assert groups is not None and not warned
+
+
+def test_more_groupings_than_windows_are_served_by_the_collectives(monkeypatch, made):
+    known = world(max_groups=2)
+    for ids in ([10, 12], [12, 10]):
+        assert along(monkeypatch, known, ids)[0] is not None
+    groups, (warned,) = along(monkeypatch, known, [11, 12])
+    assert groups is None and "more than jax_ep.config.max_groups = 2" in warned
+    assert along(monkeypatch, known, [10, 12])[0] is not None  # those that have windows keep them
+
+
+@pytest.mark.parametrize("number", [0, -1, 2.5])
+def test_a_number_of_groups_that_is_none_is_refused(number):
+    with pytest.raises(ValueError, match="max_groups must be a positive integer"):
+        jax_ep.config.max_groups = number
+    assert jax_ep.config.max_groups == 8

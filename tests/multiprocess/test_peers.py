@@ -1,0 +1,44 @@
+"""Processes map each other's memory, agree on what kernels can serve, on windows, and on where to go on after a failure."""
+
+import launch
+import pytest
+
+pytestmark = pytest.mark.multiprocess
+
+
+def test_every_rank_reaches_the_memory_of_every_other():
+    processes = launch.run("peers_worker:shares", devices_per_process=1)
+    assert "got no word from process 1" in processes[0]["early"]
+    for me, seen in enumerate(processes):
+        assert seen["exports"] == 1  # also after an attempt that found nobody
+        assert seen["again"]
+        assert seen["why_not"] == [None, None, "device 999 was not there when jax_ep.initialize() was called"]
+        # Ranks are devices 100, 201, 101, 200 of processes 0, 1, 1, 0.
+        assert seen["places"] == ([[0, 0], [1, -1], [1, -1], [0, 1]] if me == 0 else [[0, -1], [1, 1], [1, 0], [0, -1]])
+        assert seen["own_shift"] == 0
+        ranks = (0, 3) if me == 0 else (1, 2)
+        assert seen["windows"] == [[1000 * source + rank for source in range(4)] for rank in ranks]
+        assert seen["neighbours"] == [0, 0]  # the next group's windows
+        assert seen["read"] == 7001 - me
+        assert seen["left_open"] == 0
+
+
+def test_what_one_process_cannot_share_all_know():
+    for spanning, within in launch.run("peers_worker:refuses", devices_per_process=1):
+        assert spanning == "process 1: its memory grows"
+        assert within is None
+
+
+def test_windows_are_claimed_alike_in_any_order():
+    (first, again), (other_first, other_again) = launch.run("peers_worker:claims", devices_per_process=1)
+    assert first == again == other_first == other_again
+    assert sorted(number for number in first.values() if number is not None) == [0, 1, 2]
+    assert list(first.values()).count(None) == 1
+
+
+def test_after_a_failure_all_processes_begin_the_same_generation():
+    first, second = launch.run("peers_worker:resumes", devices_per_process=1)
+    assert first["quiet"] == second["quiet"] == 0
+    assert "got no word from process 1" in first["alone"] and "resume 0" in first["alone"]
+    assert first["together"] == second["together"] == 42
+    assert first["again"] == second["again"] == 42
