@@ -22,14 +22,14 @@ __global__ void BarrierKernel(const GroupView* group, bool refused) {
 }
 
 // `failed_epoch` stays: it is of an earlier generation now.
-__global__ void BeginGenerationKernel(const GroupView* group, uint64_t generation) {
-  group->window[group->rank]->epoch = generation << kCountBits;
+__global__ void BeginGenerationKernel(const __grid_constant__ Ledgers ledgers, uint64_t generation) {
+  for (int i = threadIdx.x; i < ledgers.count; i += 32) ledgers.ledger[i]->epoch = generation << kCountBits;
 }
 
 }  // namespace
 
-cudaError_t LaunchBeginGeneration(const GroupView* group, uint64_t generation, cudaStream_t stream) {
-  BeginGenerationKernel<<<1, 1, 0, stream>>>(group, generation);
+cudaError_t LaunchBeginGeneration(const Ledgers& ledgers, uint64_t generation, cudaStream_t stream) {
+  BeginGenerationKernel<<<1, 32, 0, stream>>>(ledgers, generation);
   return cudaGetLastError();
 }
 

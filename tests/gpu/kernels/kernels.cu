@@ -7,8 +7,9 @@
 //   kernels bench CEILING_FILE         times of whole calls and their ratio to the push ceiling
 //   (benchmarks/p2p_ceiling.cu)
 //
-// nvcc -O3 -std=c++17 -Iffi -gencode arch=compute_90a,code=sm_90a -o kernels tests/gpu/kernels/kernels.cu ffi/dispatch/dispatch.cu
-//   ffi/combine/combine.cu ffi/group/barrier.cu ffi/group/group.cc
+// nvcc -O3 -std=c++17 -Iffi -gencode arch=compute_90a,code=sm_90a -o kernels tests/gpu/kernels/kernels.cu
+// ffi/dispatch/dispatch.cu
+//   ffi/combine/combine.cu ffi/low_latency/*.cu ffi/group/barrier.cu ffi/group/group.cc
 #include <algorithm>
 #include <chrono>
 #include <cstdio>
@@ -19,188 +20,11 @@
 
 #include "group/barrier.h"
 #include "group/group.h"
-#include "oracle.h"
+#include "ranks.h"
 
 using namespace jax_ep;
 
 namespace {
-
-#define CHECK_CUDA(call)                                                                    \
-  do {                                                                                      \
-    const cudaError_t error_ = (call);                                                      \
-    if (error_ != cudaSuccess) {                                                            \
-      std::printf("%s:%d %s: %s\n", __FILE__, __LINE__, #call, cudaGetErrorString(error_)); \
-      std::fflush(stdout);                                                                  \
-      std::_Exit(2);                                                                        \
-    }                                                                                       \
-  } while (0)
-
-int g_num_devices = 0;
-
-// Device memory of one rank, freed together.
-class Memory {
- public:
-  explicit Memory(int device) : device_(device) {}
-  ~Memory() {
-    cudaSetDevice(device_);
-    for (void* p : blocks_) cudaFree(p);
-  }
-  template <class T>
-  T* Make(int64_t count, int poison) {
-    CHECK_CUDA(cudaSetDevice(device_));
-    void* p = nullptr;
-    CHECK_CUDA(cudaMalloc(&p, std::max<int64_t>(count * sizeof(T), 256)));
-    CHECK_CUDA(cudaMemset(p, poison, std::max<int64_t>(count * sizeof(T), 256)));
-    blocks_.push_back(p);
-    return static_cast<T*>(p);
-  }
-  template <class T>
-  T* Put(const std::vector<T>& host) {
-    T* p = Make<T>(host.size(), 0);
-    CHECK_CUDA(cudaMemcpy(p, host.data(), host.size() * sizeof(T), cudaMemcpyHostToDevice));
-    return p;
-  }
-
- private:
-  int device_;
-  std::vector<void*> blocks_;
-};
-
-struct Ranks {
-  Group& group;
-  std::vector<int> device;
-  std::vector<cudaStream_t> stream;
-
-  static Ranks& Of(int num_ranks) {
-    static std::map<int, Ranks*> all;
-    if (all[num_ranks] == nullptr) {
-      std::vector<int> devices(num_ranks);
-      for (int i = 0; i < num_ranks; ++i) devices[i] = i % g_num_devices;
-      auto* ranks = new Ranks{Group::OfDevices(devices), devices, std::vector<cudaStream_t>(num_ranks)};
-      for (int i = 0; i < num_ranks; ++i) {
-        CHECK_CUDA(cudaSetDevice(devices[i]));
-        CHECK_CUDA(cudaStreamCreateWithFlags(&ranks->stream[i], cudaStreamNonBlocking));
-      }
-      all[num_ranks] = ranks;
-    }
-    return *all[num_ranks];
-  }
-
-  int64_t run = 1;
-  std::string failure;  // of the run
-
-  // A host thread a rank, as under XLA: with a tool that makes launches wait, one thread could not launch the second
-  // rank.
-  template <class F>
-  void Launch(F launch) {
-    std::vector<std::thread> threads;
-    ++run;
-    for (size_t i = 0; i < device.size(); ++i) {
-      threads.emplace_back([&, i] {
-        CHECK_CUDA(cudaSetDevice(device[i]));
-        CHECK_CUDA(Enter(i));
-        CHECK_CUDA(launch(static_cast<int>(i), stream[i]));
-      });
-    }
-    for (auto& thread : threads) thread.join();
-  }
-
-  cudaError_t Enter(int rank) {
-    const std::string told = group.Enter(rank, run, stream[rank]);
-    return told.empty() ? cudaSuccess : cudaErrorLaunchFailure;
-  }
-
-  bool Wait(double seconds = 100) {
-    const auto start = std::chrono::steady_clock::now();
-    for (size_t i = 0; i < stream.size(); ++i) {
-      CHECK_CUDA(cudaSetDevice(device[i]));
-      cudaError_t error;
-      while ((error = cudaStreamQuery(stream[i])) == cudaErrorNotReady) {
-        if (std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count() > seconds) {
-          std::printf("HANG: rank %zu did not finish\n", i);
-          std::fflush(stdout);
-          std::_Exit(3);
-        }
-      }
-      CHECK_CUDA(error);
-    }
-    ++run;
-    failure = group.Enter(0, run, stream[0]);
-    if (!failure.empty()) std::printf("  failure: %s\n", failure.c_str());
-    return failure.empty();
-  }
-};
-
-std::vector<char> RandomRows(const Case& c, int64_t rows, std::mt19937& random) {
-  // From a table: big cases would spend their time in the generator.
-  constexpr int kTable = 4096;
-  std::vector<char> bytes(rows * c.row_bytes()), table(kTable * c.elem_bytes());
-  std::uniform_real_distribution<float> uniform(-1, 1);
-  for (int i = 0; i < kTable; ++i) Store(c.dtype, &table[i * c.elem_bytes()], uniform(random));
-  uint64_t state = random();
-  for (int64_t i = 0; i < rows * c.hidden; ++i) {
-    state = state * 6364136223846793005u + 1442695040888963407u;
-    std::memcpy(&bytes[i * c.elem_bytes()], &table[(state >> 52) * c.elem_bytes()], c.elem_bytes());
-  }
-  return bytes;
-}
-
-template <class T>
-bool Same(const char* what, int rank, const T* device, const std::vector<T>& expected, int64_t row = 1,
-          int stride = 1) {
-  std::vector<T> got(expected.size());
-  CHECK_CUDA(cudaMemcpy(got.data(), device, got.size() * sizeof(T), cudaMemcpyDeviceToHost));
-  if (std::memcmp(got.data(), expected.data(), got.size() * sizeof(T)) == 0) return true;
-  int64_t wrong = 0, first = -1;
-  for (size_t i = 0; i < got.size(); ++i) {
-    if (stride > 1 && (static_cast<int64_t>(i) / row) % stride != 0) continue;
-    if (std::memcmp(&got[i], &expected[i], sizeof(T)) != 0 && wrong++ == 0) first = i;
-  }
-  if (wrong == 0) return true;
-  std::printf("  WRONG %s on rank %d: %lld of %zu, first at %lld (row %lld): got %g, expected %g\n", what, rank,
-              (long long)wrong, got.size(), (long long)first, (long long)(first / row), double(got[first]),
-              double(expected[first]));
-  return false;
-}
-
-// All device arrays of one rank for one case.
-struct Arrays {
-  DispatchParams dispatch{};
-  CombineParams combine{};
-};
-
-Arrays MakeArrays(const Case& c, Memory& memory, const GroupView* view, bool with_combine) {
-  Arrays a;
-  const int64_t C = c.capacity, per_row = c.layout == Layout::kRank ? c.num_topk : 1;
-  DispatchParams& d = a.dispatch;
-  d.group = view;
-  d.operation = kDispatch;
-  d.layout = c.layout;
-  d.num_tokens = c.num_tokens, d.num_topk = c.num_topk, d.num_experts = c.num_experts, d.max_recv_tokens = c.capacity;
-  d.expert_alignment = c.alignment, d.expert_capacity = c.expert_capacity;
-  d.num_row_arrays = c.second_bytes > 0 ? 2 : 1;
-  d.rows[0] = {nullptr, memory.Make<char>(C * c.row_bytes(), 0xab), c.row_bytes()};
-  if (c.second_bytes > 0) d.rows[1] = {nullptr, memory.Make<char>(C * c.second_bytes, 0xab), c.second_bytes};
-  d.slot = memory.Make<int32_t>(c.choices(), 0xab);
-  d.recv_slot = memory.Make<int32_t>(c.num_ranks * c.choices(), 0xab);
-  d.counts = memory.Make<int32_t>(c.num_local() + 1, 0xab);
-  if (c.layout == Layout::kRank) d.recv_topk_idx = memory.Make<int32_t>(C * c.num_topk, 0xab);
-  if (c.weights) d.recv_weights = memory.Make<float>(C * per_row, 0xab);
-  if (!with_combine) return a;
-  CombineParams& b = a.combine;
-  b.group = view;
-  b.one_row_a_rank = c.layout == Layout::kRank;
-  b.dtype = c.dtype;
-  b.num_tokens = c.num_tokens, b.num_topk = c.num_topk, b.max_recv_tokens = c.capacity;
-  b.row_bytes = c.row_bytes();
-  b.slot = d.slot, b.recv_slot = d.recv_slot;
-  b.out = memory.Make<char>(c.num_tokens * c.row_bytes(), 0xab);
-  b.carried_back = memory.Make<float>(c.choices(), 0xab);
-  if (!b.one_row_a_rank && c.num_ranks > 1) {
-    b.scratch = memory.Make<char>(static_cast<int64_t>(c.num_ranks - 1) * c.num_tokens * c.row_bytes(), 0xab);
-  }
-  return a;
-}
 
 bool CheckCase(Case c, int stride = 1) {
   Finish(c);
