@@ -45,3 +45,9 @@ def _of_devices(groups: tuple[tuple[Any, ...], ...], timeout: float) -> Ordinals
     for group in ordinals:
         targets.make_group(list(group))
     return ordinals
+
+
+def make_arenas(groups: Ordinals, window_bytes: int) -> None:
+    """Sees to the memory of low-latency calls that need so many bytes of a window; kept for the process's life."""
+    for ordinals in groups:
+        targets.make_arenas(list(ordinals), window_bytes)

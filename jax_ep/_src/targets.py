@@ -12,6 +12,14 @@ COMBINE = "jax_ep_combine"
 DISPATCH = "jax_ep_dispatch"
 DISPATCH_CACHED = "jax_ep_dispatch_cached"
 DISPATCH_LAYOUT = "jax_ep_dispatch_layout"
+LOW_LATENCY_COMBINE = "jax_ep_low_latency_combine"
+LOW_LATENCY_COMBINE_DONE = "jax_ep_low_latency_combine_done"
+LOW_LATENCY_COMBINE_START = "jax_ep_low_latency_combine_start"
+LOW_LATENCY_DISPATCH = "jax_ep_low_latency_dispatch"
+LOW_LATENCY_DISPATCH_CACHED = "jax_ep_low_latency_dispatch_cached"
+LOW_LATENCY_DISPATCH_DONE = "jax_ep_low_latency_dispatch_done"
+LOW_LATENCY_DISPATCH_START = "jax_ep_low_latency_dispatch_start"
+LOW_LATENCY_NOTIFY = "jax_ep_low_latency_notify"
 NOTIFY = "jax_ep_notify"
 
 Version = tuple[int, int]
@@ -51,5 +59,8 @@ for _target, _handler in _core.handlers().items():
     jax.ffi.register_ffi_target(_target, _handler, platform="CUDA")
 
 have_peer_access = _core.have_peer_access
+low_latency_combine_bytes = _core.low_latency_combine_bytes
+low_latency_dispatch_bytes = _core.low_latency_dispatch_bytes
+make_arenas = _core.make_arenas
 make_group = _core.make_group
 set_timeout = _core.set_timeout
