@@ -7,6 +7,7 @@
 
 #include "group/group.h"
 #include "group/shared_memory.h"
+#include "low_latency/low_latency.h"
 #include "xla/ffi/api/c_api.h"
 
 namespace nb = nanobind;
@@ -16,6 +17,14 @@ extern "C" XLA_FFI_Error* JaxEpCombine(XLA_FFI_CallFrame*);
 extern "C" XLA_FFI_Error* JaxEpDispatch(XLA_FFI_CallFrame*);
 extern "C" XLA_FFI_Error* JaxEpDispatchCached(XLA_FFI_CallFrame*);
 extern "C" XLA_FFI_Error* JaxEpDispatchLayout(XLA_FFI_CallFrame*);
+extern "C" XLA_FFI_Error* JaxEpLowLatencyCombine(XLA_FFI_CallFrame*);
+extern "C" XLA_FFI_Error* JaxEpLowLatencyCombineDone(XLA_FFI_CallFrame*);
+extern "C" XLA_FFI_Error* JaxEpLowLatencyCombineStart(XLA_FFI_CallFrame*);
+extern "C" XLA_FFI_Error* JaxEpLowLatencyDispatch(XLA_FFI_CallFrame*);
+extern "C" XLA_FFI_Error* JaxEpLowLatencyDispatchCached(XLA_FFI_CallFrame*);
+extern "C" XLA_FFI_Error* JaxEpLowLatencyDispatchDone(XLA_FFI_CallFrame*);
+extern "C" XLA_FFI_Error* JaxEpLowLatencyDispatchStart(XLA_FFI_CallFrame*);
+extern "C" XLA_FFI_Error* JaxEpLowLatencyNotify(XLA_FFI_CallFrame*);
 extern "C" XLA_FFI_Error* JaxEpNotify(XLA_FFI_CallFrame*);
 
 namespace {
@@ -30,8 +39,41 @@ nb::dict Handlers() {
   add("jax_ep_dispatch", JaxEpDispatch);
   add("jax_ep_dispatch_cached", JaxEpDispatchCached);
   add("jax_ep_dispatch_layout", JaxEpDispatchLayout);
+  add("jax_ep_low_latency_combine", JaxEpLowLatencyCombine);
+  add("jax_ep_low_latency_combine_done", JaxEpLowLatencyCombineDone);
+  add("jax_ep_low_latency_combine_start", JaxEpLowLatencyCombineStart);
+  add("jax_ep_low_latency_dispatch", JaxEpLowLatencyDispatch);
+  add("jax_ep_low_latency_dispatch_cached", JaxEpLowLatencyDispatchCached);
+  add("jax_ep_low_latency_dispatch_done", JaxEpLowLatencyDispatchDone);
+  add("jax_ep_low_latency_dispatch_start", JaxEpLowLatencyDispatchStart);
+  add("jax_ep_low_latency_notify", JaxEpLowLatencyNotify);
   add("jax_ep_notify", JaxEpNotify);
   return handlers;
+}
+
+// Bytes of a window that a low-latency dispatch needs, 0 where it does not fit; `row_bytes` of each array of rows.
+int64_t LowLatencyDispatchBytes(int num_ranks, int num_experts, int layout, int num_tokens, int num_topk,
+                                int max_recv_tokens, const std::vector<int64_t>& row_bytes, bool has_weights,
+                                bool is_routed) {
+  if (row_bytes.size() > jax_ep::kMaxRowArrays) return 0;
+  static const float weight = 1;
+  jax_ep::DispatchParams p{};
+  p.operation = is_routed ? jax_ep::kDispatchCached : jax_ep::kDispatch;
+  p.layout = static_cast<jax_ep::Layout>(layout);
+  p.num_experts = num_experts, p.num_tokens = num_tokens, p.num_topk = num_topk, p.max_recv_tokens = max_recv_tokens;
+  p.topk_weights = has_weights ? &weight : nullptr;
+  for (int64_t bytes : row_bytes) p.rows[p.num_row_arrays++].row_bytes = bytes;
+  return jax_ep::LowLatencyDispatchBytes(p, num_ranks);
+}
+
+// The same of a low-latency combine; no rows have 0 bytes.
+int64_t LowLatencyCombineBytes(int num_ranks, int num_tokens, int num_topk, int max_recv_tokens, int64_t row_bytes,
+                               bool has_carried) {
+  static const float carried = 0;
+  jax_ep::CombineParams p{};
+  p.num_tokens = num_tokens, p.num_topk = num_topk, p.max_recv_tokens = max_recv_tokens, p.row_bytes = row_bytes;
+  p.carried = has_carried ? &carried : nullptr;
+  return jax_ep::LowLatencyCombineBytes(p, num_ranks);
 }
 
 }  // namespace
@@ -56,6 +98,17 @@ NB_MODULE(_core, module) {
   module.def("make_shared_memory", &jax_ep::MakeSharedMemory, nb::arg("device"), nb::arg("bytes"), nb::arg("devices"));
   module.def("export_allocation", &jax_ep::ExportAllocation, nb::arg("device"), nb::arg("address"));
   module.def("import_memory", &jax_ep::ImportMemory, nb::arg("fd"), nb::arg("bytes"), nb::arg("devices"));
+  module.def(
+      "make_arenas",
+      [](const std::vector<int>& devices, int64_t window_bytes) {
+        jax_ep::Group::OfDevices(devices).MakeArenas(window_bytes);
+      },
+      nb::arg("devices"), nb::arg("window_bytes"));
+  module.def("low_latency_dispatch_bytes", &LowLatencyDispatchBytes, nb::arg("num_ranks"), nb::arg("num_experts"),
+             nb::arg("layout"), nb::arg("num_tokens"), nb::arg("num_topk"), nb::arg("max_recv_tokens"),
+             nb::arg("row_bytes"), nb::arg("has_weights"), nb::arg("is_routed"));
+  module.def("low_latency_combine_bytes", &LowLatencyCombineBytes, nb::arg("num_ranks"), nb::arg("num_tokens"),
+             nb::arg("num_topk"), nb::arg("max_recv_tokens"), nb::arg("row_bytes"), nb::arg("has_carried"));
   module.def("have_peer_access", &jax_ep::Group::HavePeerAccess, nb::arg("devices"));
   module.def("set_timeout", &jax_ep::Group::SetTimeout, nb::arg("seconds"));
   module.attr("cuda_version") = nb::make_tuple(CUDART_VERSION / 1000, CUDART_VERSION % 1000 / 10);

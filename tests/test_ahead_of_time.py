@@ -44,20 +44,26 @@ def mesh():
 
 @pytest.fixture(autouse=True)
 def kernels_serve(monkeypatch):
-    """The devices of a topology cannot be asked for peer access: say that they have it."""
+    """The devices of a topology cannot be asked for peer access or memory: say that they have it."""
     monkeypatch.setattr(group, "along", lambda axis_context, axis_name: (tuple(range(R)),))
+    monkeypatch.setattr(group, "make_arenas", lambda groups, window_bytes: None)
 
 
-def moe(x, router, scale, layout="expert", wire=None):
+def moe(x, router, scale, layout="expert", wire=None, mode="high_throughput", halves=False):
     """One MoE layer of a rank: bf16[T, H], bf16[H, E], bf16[H, H] -> bf16[T, H]."""
     weights, topk_idx = jax.lax.top_k(jax.nn.softmax((x @ router).astype(jnp.float32)), K)
     sizes = {"expert_capacity": T} if layout == "batched" else {"max_recv_tokens": 5 * T}
-    recv, handle = jax_ep.dispatch(
-        x, topk_idx, weights, axis_name="expert", num_experts=E, layout=layout, wire=wire, **sizes
-    )
+    static = {"axis_name": "expert", "num_experts": E, "layout": layout, "wire": wire, "mode": mode, **sizes}
+    if halves:
+        recv, handle = jax_ep.dispatch_done(jax_ep.dispatch_start(x, topk_idx, weights, **static))
+    else:
+        recv, handle = jax_ep.dispatch(x, topk_idx, weights, **static)
     rows = recv.x if wire is None else jax_ep.dequantize(recv.x)
     y = jax.nn.silu(rows @ scale)
-    return jax_ep.combine(y, handle, None if layout == "rank" else recv.weights)
+    gates = None if layout == "rank" else recv.weights
+    if halves:
+        return jax_ep.combine_done(jax_ep.combine_start(y, handle, gates))
+    return jax_ep.combine(y, handle, gates)
 
 
 def network(mesh, remat=None, **kwargs):
@@ -126,6 +132,66 @@ def test_a_wire_format_sends_values_and_scales_in_one_call(mesh):
     assert launches(compiled) == ["dispatch", "combine", "dispatch_cached", "combine"]
     (dispatch,) = re.findall(r"= \((.*?)\) custom-call.*jax_ep_dispatch\"", compiled.as_text())
     assert f"f8e4m3fn[{5 * T},{H}]" in dispatch and f"f32[{5 * T},{H // 128}]" in dispatch
+
+
+@pytest.mark.parametrize("layout", ["expert", "rank", "batched"])
+@pytest.mark.parametrize("mode", ["auto", "low_latency"])
+def test_few_tokens_are_served_by_low_latency_kernels(mesh, mode, layout):
+    compiled = compile_for_gpus(mesh, network(mesh, layout=layout, mode=mode))
+    assert launches(compiled) == ["low_latency_dispatch", "low_latency_combine"]
+    assert collectives(compiled) == []
+
+
+@pytest.mark.parametrize("options", [NO_GRAPHS, GRAPHS], ids=["launched", "graphs"])
+def test_scan_and_grad_launch_each_low_latency_call_once(mesh, options):
+    compiled = compile_for_gpus(mesh, gradient(network(mesh, mode="low_latency")), options)
+    names = ["dispatch", "combine", "dispatch_cached", "combine"]
+    assert launches(compiled) == [f"low_latency_{name}" for name in names]
+
+
+@pytest.mark.parametrize("layout", ["expert", "rank"])
+def test_low_latency_halves_are_launched_once_each_and_in_order(mesh, layout):
+    compiled = compile_for_gpus(mesh, network(mesh, layout=layout, mode="low_latency", halves=True))
+    names = ["notify", "dispatch_start", "dispatch_done", "combine_start", "combine_done"]
+    assert launches(compiled) == [f"low_latency_{name}" for name in names]
+    assert collectives(compiled) == []
+    differentiated = compile_for_gpus(mesh, gradient(network(mesh, layout=layout, mode="low_latency", halves=True)))
+    back = ["dispatch_start", "dispatch_done", "combine_start", "combine_done"]
+    assert launches(differentiated) == [f"low_latency_{name}" for name in names + back]
+
+
+def test_halves_of_high_throughput_under_vmap_or_with_a_wire_format_are_the_references(mesh):
+    def on_gpus(f):
+        sharded = jax.shard_map(f, mesh=mesh, in_specs=(P("expert"), P(), P()), out_specs=P("expert"))
+        return compile_for_gpus(mesh, sharded)
+
+    def vmapped(x, routers, scales):
+        def halves(x):
+            return moe(x, routers[0], scales[0], mode="low_latency", halves=True)
+
+        return jax.vmap(halves, in_axes=1, out_axes=1)(x.reshape(T // 2, 2, H)).reshape(T, H)
+
+    def compressed(x, routers, scales):
+        idx = jax.lax.top_k(x @ routers[0], K)[1]
+        recv, handle = jax_ep.dispatch(x, idx, axis_name="expert", num_experts=E, mode="low_latency")
+        return jax_ep.combine_done(jax_ep.combine_start(recv.x, handle, wire="logfmt10"))
+
+    def high_throughput(x, routers, scales):
+        return moe(x, routers[0], scales[0], halves=True)
+
+    assert not any(name.endswith(("start", "done")) for name in launches(on_gpus(vmapped)))
+    assert launches(on_gpus(compressed)) == ["low_latency_dispatch"]
+    assert launches(on_gpus(high_throughput)) == ["notify"]
+
+
+def test_shapes_beyond_the_low_latency_kernel_are_served_by_the_other(mesh):
+    def f(x, routers, scales):
+        many = jnp.repeat(x, 128, axis=0)  # the routing tables do not fit into shared memory
+        idx = jax.lax.top_k(many @ routers[0], K)[1]
+        return jax_ep.dispatch(many, idx, axis_name="expert", num_experts=E, mode="low_latency")[0].x
+
+    sharded = jax.shard_map(f, mesh=mesh, in_specs=(P("expert"), P(), P()), out_specs=P("expert"))
+    assert launches(compile_for_gpus(mesh, sharded)) == ["dispatch"]
 
 
 def test_independent_calls_are_launched_in_the_same_order_by_every_compilation(mesh):

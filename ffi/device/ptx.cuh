@@ -29,6 +29,21 @@ __device__ __forceinline__ void StoreRelaxedSys(uint64_t* flag, uint64_t value) 
 __device__ __forceinline__ void FenceSys() { asm volatile("fence.acq_rel.sys;" ::: "memory"); }
 __device__ __forceinline__ void FenceSeqCstSys() { asm volatile("fence.sc.sys;" ::: "memory"); }
 
+// ---- 16 bytes of a line: one of the eight lanes that move its 128 bytes together
+
+__device__ __forceinline__ uint4 LoadLine(const char* place) {
+  uint64_t low, high;
+  asm volatile("ld.relaxed.sys.global.v2.u64 {%0, %1}, [%2];" : "=l"(low), "=l"(high) : "l"(place) : "memory");
+  return make_uint4(static_cast<uint32_t>(low), static_cast<uint32_t>(low >> 32), static_cast<uint32_t>(high),
+                    static_cast<uint32_t>(high >> 32));
+}
+
+__device__ __forceinline__ void StoreLine(char* place, const uint4& bits) {
+  const uint64_t low = static_cast<uint64_t>(bits.y) << 32 | bits.x,
+                 high = static_cast<uint64_t>(bits.w) << 32 | bits.z;
+  asm volatile("st.relaxed.sys.global.v2.u64 [%0], {%1, %2};" ::"l"(place), "l"(low), "l"(high) : "memory");
+}
+
 // ---- counters between the warps of a block
 
 __device__ __forceinline__ uint32_t SharedAddress(const void* pointer) {

@@ -7,16 +7,23 @@
 
 namespace jax_ep {
 
-// One call of one rank, as each thread sees it. Made by BeginCall, ended by EndCall.
-struct Call {
+// One call of one rank, as each thread sees it, through whatever memory.
+struct AnyCall {
   const GroupView* group;
-  Window* window;
+  Ledger* ledger;
   uint64_t epoch;
   Operation operation;
-  int rank, num_ranks, parity;
+  int rank, num_ranks;
+
+  __device__ uint64_t Tag(uint32_t state) const { return epoch << kStateBits | state; }
+};
+
+// A call through the window. Made by BeginCall, ended by EndCall.
+struct Call : AnyCall {
+  Window* window;
+  int parity;
 
   __device__ Window* Peer(int peer) const { return group->window[peer]; }
-  __device__ uint64_t Tag(uint32_t state) const { return epoch << kStateBits | state; }
   // Later than every call of this generation: who reads it as a post knows that this rank takes part in none of them.
   __device__ uint64_t Farewell() const { return (epoch | 0xffffffffull) << kStateBits | kGone; }
 };
@@ -33,21 +40,22 @@ __device__ __forceinline__ Call BeginCall(const GroupView* group, Operation oper
   call.rank = group->rank;
   call.num_ranks = group->num_ranks;
   call.window = group->window[call.rank];
+  call.ledger = call.window;
   call.epoch = LoadRelaxedSys(&call.window->epoch) + 1;
   call.operation = operation;
   call.parity = static_cast<int>(call.epoch & 1);
   return call;
 }
 
-__device__ __forceinline__ bool HasFailed(const Call& call) {
-  const uint64_t failed = LoadRelaxedSys(&call.window->failed_epoch);
+__device__ __forceinline__ bool HasFailed(const AnyCall& call) {
+  const uint64_t failed = LoadRelaxedSys(&call.ledger->failed_epoch);
   return failed != 0 && failed >> kCountBits == call.epoch >> kCountBits;
 }
 
 // The first failure of a generation is the one told: what follows is its consequence.
-__device__ __noinline__ static void Fail(const Call& call, Phase phase, int peer, int lane, uint64_t expected,
+__device__ __noinline__ static void Fail(const AnyCall& call, Phase phase, int peer, int lane, uint64_t expected,
                                          uint64_t seen) {
-  auto* failed = reinterpret_cast<unsigned long long*>(&call.window->failed_epoch);
+  auto* failed = reinterpret_cast<unsigned long long*>(&call.ledger->failed_epoch);
   const uint64_t before = atomicMax(failed, static_cast<unsigned long long>(call.epoch));
   if (before != 0 && before >> kCountBits == call.epoch >> kCountBits) return;
   Status* status = call.group->status;
@@ -64,7 +72,7 @@ __device__ __noinline__ static void Fail(const Call& call, Phase phase, int peer
   __threadfence_system();
 }
 
-__device__ __forceinline__ bool Reached(const Call& call, uint64_t value, uint32_t state) {
+__device__ __forceinline__ bool Reached(const AnyCall& call, uint64_t value, uint32_t state) {
   return value >= call.Tag(state) && value >> kStateBits == call.epoch && (value & kGone) != kGone;
 }
 
@@ -136,8 +144,8 @@ __device__ __forceinline__ void Leave(const Call& call, int post_lane, int progr
 }
 
 // A call that this rank's host has refused runs as one that has failed; its reason was told before.
-__device__ __forceinline__ void Refuse(const Call& call) {
-  atomicMax(reinterpret_cast<unsigned long long*>(&call.window->failed_epoch),
+__device__ __forceinline__ void Refuse(const AnyCall& call) {
+  atomicMax(reinterpret_cast<unsigned long long*>(&call.ledger->failed_epoch),
             static_cast<unsigned long long>(call.epoch));
 }
 

@@ -24,15 +24,17 @@ __global__ void BarrierKernel(const GroupView* group, bool refused, int32_t* cam
 
 // `failed_epoch` stays: it is of an earlier generation now. Epochs never go back: this launch may have been captured,
 // and then a graph repeats it with every replay.
-__global__ void BeginGenerationKernel(const GroupView* group, uint64_t generation) {
-  uint64_t& epoch = group->window[group->rank]->epoch;
-  epoch = max(epoch, generation << kCountBits);
+__global__ void BeginGenerationKernel(const __grid_constant__ Ledgers ledgers, uint64_t generation) {
+  for (int i = threadIdx.x; i < ledgers.count; i += 32) {
+    uint64_t& epoch = ledgers.ledger[i]->epoch;
+    epoch = max(epoch, generation << kCountBits);
+  }
 }
 
 }  // namespace
 
-cudaError_t LaunchBeginGeneration(const GroupView* group, uint64_t generation, cudaStream_t stream) {
-  BeginGenerationKernel<<<1, 1, 0, stream>>>(group, generation);
+cudaError_t LaunchBeginGeneration(const Ledgers& ledgers, uint64_t generation, cudaStream_t stream) {
+  BeginGenerationKernel<<<1, 32, 0, stream>>>(ledgers, generation);
   return cudaGetLastError();
 }
 

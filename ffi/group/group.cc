@@ -9,6 +9,7 @@
 #include "dispatch/dispatch.h"
 #include "group/barrier.h"
 #include "group/shared_memory.h"
+#include "low_latency/low_latency.h"
 
 namespace jax_ep {
 namespace {
@@ -50,8 +51,13 @@ class DeviceGuard {
 };
 
 const char* const kOperations[] = {"dispatch", "dispatch_cached", "notify", "combine", "barrier"};
-const char* const kPhases[] = {"meet (the peer's post)", "rows (the peer's progress)", "leave (the peer's end of call)",
-                               "refused"};
+const char* const kPhases[] = {"meet (the peer's post)",
+                               "rows (the peer's progress)",
+                               "leave (the peer's end of call)",
+                               "refused",
+                               "reuse (the peer's end of an earlier call; is each start followed by its done?)",
+                               "lines (what the peer sends)",
+                               "in flight"};
 
 std::string InWords(const Status& status, const std::string& who, const std::string& whom, uint64_t timeout_ns) {
   const uint64_t seen = status.seen, epoch = status.epoch;
@@ -59,6 +65,10 @@ std::string InWords(const Status& status, const std::string& who, const std::str
     return StateOf(flag) == kGone ? "gone" : StateOf(flag) == kDone ? "done" : std::to_string(StateOf(flag));
   };
   const auto number = [](uint64_t epoch) { return std::to_string(epoch & 0xffffffff); };
+  if (status.phase == kInFlight) {
+    return std::string(kOperations[status.operation]) + ": " + who +
+           " was given a value in flight that no start of this group has made";
+  }
   std::string text = std::string(kOperations[status.operation]) + ": " + who + " waited for " + whom + " in phase " +
                      kPhases[status.phase] + ", lane " + std::to_string(status.lane) + ", call " + number(epoch) +
                      " of the group, for state " + state(status.expected) + "; ";
@@ -108,6 +118,8 @@ Group::Group(const std::vector<Place>& places) : ranks_(places.size()) {
     Check("loading dispatch", LoadDispatch());
     Check("loading combine", LoadCombine());
     Check("loading barrier", LoadBarrier());
+    Check("loading low-latency dispatch", LoadLowLatencyDispatch());
+    Check("loading low-latency combine", LoadLowLatencyCombine());
   }
   for (size_t i = 0; i < ranks_.size(); ++i) {
     if (!is_local(ranks_[i])) continue;
@@ -225,6 +237,73 @@ void Group::SetViewTimeout(uint64_t timeout_ns) {
   }
 }
 
+namespace {
+
+// Sizes are powers of two, so that all arenas together take less than twice the largest's bytes.
+int64_t SizeClass(int64_t window_bytes) {
+  int64_t size = 1 << 16;
+  while (size < window_bytes) size *= 2;
+  return size;
+}
+
+}  // namespace
+
+const Group::Arenas* Group::FindArenas(int64_t window_bytes) {
+  std::lock_guard<std::mutex> lock(mutex_);
+  for (const auto& arenas : arenas_) {
+    if (arenas->window_bytes == SizeClass(window_bytes)) return arenas.get();
+  }
+  return nullptr;
+}
+
+void Group::MakeArenas(int64_t window_bytes) {
+  if (spans_processes_) throw std::runtime_error("jax_ep: low-latency calls are not served across processes");
+  if (FindArenas(window_bytes) != nullptr) return;
+  std::lock_guard<std::mutex> making(making_);
+  if (FindArenas(window_bytes) != nullptr) return;
+  auto arenas = std::make_unique<Arenas>();
+  arenas->window_bytes = SizeClass(window_bytes);
+  const int64_t bytes = kArenaHeaderBytes + kDepth * arenas->window_bytes;
+  DeviceGuard guard;
+  for (const Rank& rank : ranks_) {
+    char* arena = nullptr;
+    Check("cudaSetDevice", cudaSetDevice(rank.place.device));
+    Check("cudaMalloc", cudaMalloc(reinterpret_cast<void**>(&arena), bytes));
+    Check("cudaMemset", cudaMemsetAsync(arena, 0, bytes, rank.aside));
+    Check("cudaStreamSynchronize", cudaStreamSynchronize(rank.aside));
+    arenas->of_rank.push_back(arena);
+  }
+  std::lock_guard<std::mutex> lock(mutex_);  // a rank begins a generation before its arena is there, or with it
+  if (arenas_.size() + 1 >= kMaxLedgers) throw std::runtime_error("jax_ep: too many sizes of low-latency calls");
+  for (size_t i = 0; i < ranks_.size(); ++i) {
+    Check("cudaSetDevice", cudaSetDevice(ranks_[i].place.device));
+    const uint64_t epoch = ranks_[i].generation << kCountBits;
+    auto* ledger = static_cast<Ledger*>(reinterpret_cast<Arena*>(arenas->of_rank[i]));
+    Check("cudaMemcpy", cudaMemcpyAsync(&ledger->epoch, &epoch, sizeof epoch, cudaMemcpyHostToDevice, ranks_[i].aside));
+    Check("cudaStreamSynchronize", cudaStreamSynchronize(ranks_[i].aside));
+  }
+  arenas_.push_back(std::move(arenas));
+}
+
+ArenaView Group::arenas(int rank, int64_t window_bytes) {
+  const Arenas* const arenas = FindArenas(window_bytes);
+  if (arenas == nullptr) throw std::runtime_error("jax_ep: this size of low-latency calls has no arenas");
+  ArenaView view{};
+  view.group = ranks_[rank].view;
+  view.rank = rank;
+  view.num_ranks = num_ranks();
+  view.window_bytes = arenas->window_bytes;
+  for (size_t peer = 0; peer < ranks_.size(); ++peer) view.arena[peer] = arenas->of_rank[peer];
+  return view;
+}
+
+int64_t Group::persistent_bytes() {
+  std::lock_guard<std::mutex> lock(mutex_);
+  int64_t bytes = sizeof(Window);
+  for (const auto& arenas : arenas_) bytes += kArenaHeaderBytes + kDepth * arenas->window_bytes;
+  return bytes;
+}
+
 bool Group::HavePeerAccess(const std::vector<int>& devices) {
   int num_devices = 0;
   bool have = cudaGetDeviceCount(&num_devices) == cudaSuccess;
@@ -273,7 +352,10 @@ std::string Group::Enter(int rank, int64_t run, cudaStream_t stream) {
   if (ranks_[rank].generation == generation_) return "";
   if (!spans_processes_ && run == failed_run_) return failure_;
   ranks_[rank].generation = generation_;
-  const cudaError_t error = LaunchBeginGeneration(view(rank), generation_, stream);
+  Ledgers ledgers{};
+  ledgers.ledger[ledgers.count++] = ranks_[rank].window;
+  for (const auto& arenas : arenas_) ledgers.ledger[ledgers.count++] = reinterpret_cast<Arena*>(arenas->of_rank[rank]);
+  const cudaError_t error = LaunchBeginGeneration(ledgers, generation_, stream);
   return error == cudaSuccess ? "" : std::string("a new generation could not begin: ") + cudaGetErrorString(error);
 }
 

@@ -13,6 +13,7 @@
 #include <string>
 #include <vector>
 
+#include "group/arena.h"
 #include "group/window.h"
 
 namespace jax_ep {
@@ -49,6 +50,10 @@ class Group {
 
   int num_ranks() const { return static_cast<int>(ranks_.size()); }
   const GroupView* view(int rank) const { return ranks_[rank].view; }
+  // Sees to arenas whose windows hold so many bytes; made once for a size, never freed. Throws std::runtime_error.
+  void MakeArenas(int64_t window_bytes);
+  // How `rank` finds them; they must have been made.
+  ArenaView arenas(int rank, int64_t window_bytes);
   // Before each launch of `rank` on `stream`: what has failed in this group, in a sentence, or nothing. If something
   // has, the call is to be launched as refused and the sentence to be raised. All ranks' calls of the run in which the
   // failure is first heard of are refused; in the next run each rank begins a new generation of calls, so no call pairs
@@ -57,6 +62,7 @@ class Group {
   // Why a peer in another process could not use `address`, an operand or result of `rank`; nothing if it can. If not,
   // the group has failed.
   std::string CheckShared(int rank, const void* address);
+  int64_t persistent_bytes();
 
  private:
   struct Rank {
@@ -69,14 +75,23 @@ class Group {
     uint64_t generation = 0;       // of this rank's calls
   };
 
+  // The arenas of all ranks whose windows hold `window_bytes`.
+  struct Arenas {
+    int64_t window_bytes = 0;
+    std::vector<char*> of_rank;
+  };
+
   explicit Group(const std::vector<Place>& places);
+  const Arenas* FindArenas(int64_t window_bytes);
   void SetViewTimeout(uint64_t timeout_ns);
   bool is_local(const Rank& rank) const { return rank.place.device >= 0; }
   std::string Listen();
 
   std::vector<Rank> ranks_;
   bool spans_processes_;
-  std::mutex mutex_;         // of what follows, and of heard and generation
+  std::mutex making_;  // held while arenas are made
+  std::mutex mutex_;   // of what follows, and of heard and generation
+  std::vector<std::unique_ptr<Arenas>> arenas_;
   uint64_t generation_ = 0;  // in one process: failures heard of
   int64_t failed_run_ = 0;
   std::string failure_;  // in one process the last, else the first of this generation

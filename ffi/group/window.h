@@ -29,10 +29,13 @@ struct Mail {
   uint64_t address[kNumAddresses];
 };
 
-struct Window {
-  // Own kernels only.
+// What own kernels keep of the calls through one piece of memory, a Window or an Arena.
+struct Ledger {
   uint64_t epoch;         // calls that have ended
   uint64_t failed_epoch;  // last call that failed: its whole generation has, from then on
+};
+
+struct Window : Ledger {
   unsigned int exits;
   // Written by peers, indexed by the writer.
   alignas(128) uint64_t post[2][kMaxRanks][kMaxLanes];
@@ -59,6 +62,6 @@ struct GroupView {
 };
 
 enum Operation : uint32_t { kDispatch, kDispatchCached, kNotify, kCombine, kBarrier };
-enum Phase : uint32_t { kMeet, kRows, kLeave, kRefused };
+enum Phase : uint32_t { kMeet, kRows, kLeave, kRefused, kReuse, kLines, kInFlight };
 
 }  // namespace jax_ep

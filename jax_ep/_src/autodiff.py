@@ -20,8 +20,11 @@ a primitive of its own so that its transpose sends the cotangent once for both:
 
     rows = dispatch_cached(ct);   y_bar[c] = w[c] * rows[c];   w_bar[c] = <y[c], rows[c]>
 
-and J's own tangent is J(y'', w''; y, w) + J(dy, dw; y', w'). The same holds for combine_weighted_start with dispatch_done
-in place of dispatch_cached. A wire format on the way back is straight-through: tangents travel without it.
+and J's own tangent is J(y'', w''; y, w) + J(dy, dw; y', w'). A wire format on the way back is straight-through: tangents
+travel without it.
+
+combine_weighted_start has no such J: what it returns is opaque, and sums of two of them mean nothing. Its tangent sends
+one sum, combine_start(w * y' + w' * y), each row rounded to y's dtype; its transpose is the same with dispatch_done.
 """
 
 from __future__ import annotations
@@ -153,6 +156,42 @@ def _linear_partial_eval(primitive: compat.Primitive, trace: Any, *tracers: Any,
 # ---- weighted combine ------------------------------------------------------------------------------------------------
 
 
+def _weighted_jvp(combine: compat.Primitive, both: Any, primals: Any, tangents: Any, **params: Any) -> Any:
+    """JVP of a weighted combine; `both` is its tangent where neither operand's is zero."""
+    routing = params["routing"]
+    y, w, *handle = primals
+    y_dot, w_dot = tangents[:2]
+    results = combine.bind(*primals, **params)
+    if type(y_dot) is Zero and type(w_dot) is Zero:
+        return results, [compat.zero_tangent(results[0])]
+    if type(w_dot) is Zero:
+        return results, combine.bind(y_dot, w, *handle, routing=routing, wire=None)
+    if type(y_dot) is Zero:
+        return results, combine.bind(y, w_dot, *handle, routing=routing, wire=None)
+    return results, both(y_dot, w_dot, y, w, *handle, routing=routing)
+
+
+def _cotangents(transposed: compat.Primitive, ct: Any, y: Any, w: Any, handle: Any, routing: Routing, want: Any) -> Any:
+    """Cotangents of the operands that weigh `w` and `y`, where wanted."""
+    (rows,), _ = p.move(transposed, [ct], None, handle, routing)
+    y_bar = (w[:, None] * rows.astype(jnp.float32)).astype(rows.dtype) if want[0] else None
+    w_bar = jnp.sum(y.astype(jnp.float32) * rows.astype(jnp.float32), axis=1) if want[1] else None
+    return [y_bar, w_bar]
+
+
+def _weighted_transpose(
+    transposed: compat.Primitive, cts: Any, y: Any, w: Any, *handle: Any, routing: Routing, **_: Any
+) -> Any:
+    want = ad.is_undefined_primal(y), ad.is_undefined_primal(w)
+    if all(want):
+        raise NotImplementedError("jax_ep_combine: bilinear in y and weights, so it has no transpose in both at once")
+    if type(cts[0]) is Zero:
+        back = [Zero(y.aval) if want[0] else None, Zero(w.aval) if want[1] else None]
+    else:
+        back = _cotangents(transposed, cts[0], y, w, handle, routing, want)
+    return [*back, None, None, None]
+
+
 def _define_weighted(combine: compat.Primitive, transposed: compat.Primitive) -> None:
     """Derivatives of a weighted combine whose unweighted form has the transpose `transposed`."""
     tangent_p = compat.effectful_primitive(f"{combine.name}_jvp")  # y', w', y, w, slot, recv_slot, counts -> [T, H]
@@ -161,39 +200,6 @@ def _define_weighted(combine: compat.Primitive, transposed: compat.Primitive) ->
         (one,) = combine.bind(y_dot, w, *handle, routing=routing, wire=None)
         (two,) = combine.bind(y, w_dot, *handle, routing=routing, wire=None)
         return [one + two]
-
-    def jvp(primals: Any, tangents: Any, *, routing: Routing, wire: str | None) -> Any:
-        y, w, *handle = primals
-        y_dot, w_dot = tangents[:2]
-        results = combine.bind(*primals, routing=routing, wire=wire)
-        if type(y_dot) is Zero and type(w_dot) is Zero:
-            tangents_out = [compat.zero_tangent(results[0])]
-        elif type(w_dot) is Zero:
-            tangents_out = combine.bind(y_dot, w, *handle, routing=routing, wire=None)
-        elif type(y_dot) is Zero:
-            tangents_out = combine.bind(y, w_dot, *handle, routing=routing, wire=None)
-        else:
-            tangents_out = tangent_p.bind(y_dot, w_dot, y, w, *handle, routing=routing)
-        return results, tangents_out
-
-    def cotangents(ct: Any, y: Any, w: Any, handle: Any, routing: Routing, want_y: Any, want_w: Any) -> list[Any]:
-        """Cotangents of the operands that weigh `w` and `y`, where wanted."""
-        (rows,), _ = p.move(transposed, [ct], None, handle, routing)
-        y_bar = (w[:, None] * rows.astype(jnp.float32)).astype(rows.dtype) if want_y else None
-        w_bar = jnp.sum(y.astype(jnp.float32) * rows.astype(jnp.float32), axis=1) if want_w else None
-        return [y_bar, w_bar]
-
-    def transpose(cts: Any, y: Any, w: Any, *handle: Any, routing: Routing, **_: Any) -> Any:
-        want_y, want_w = ad.is_undefined_primal(y), ad.is_undefined_primal(w)
-        if want_y and want_w:
-            raise NotImplementedError(
-                "jax_ep_combine: bilinear in y and weights, so it has no transpose in both at once"
-            )
-        if type(cts[0]) is Zero:
-            back = [Zero(y.aval) if want_y else None, Zero(w.aval) if want_w else None]
-        else:
-            back = cotangents(cts[0], y, w, handle, routing, want_y, want_w)
-        return [*back, None, None, None]
 
     def tangent_jvp(primals: Any, tangents: Any, *, routing: Routing) -> Any:
         y_dot, w_dot, y, w, *handle = primals
@@ -204,11 +210,11 @@ def _define_weighted(combine: compat.Primitive, transposed: compat.Primitive) ->
         return results, [one + two]
 
     def tangent_transpose(cts: Any, y_dot: Any, w_dot: Any, y: Any, w: Any, *handle: Any, routing: Routing) -> Any:
-        want_y, want_w = ad.is_undefined_primal(y_dot), ad.is_undefined_primal(w_dot)
+        want = ad.is_undefined_primal(y_dot), ad.is_undefined_primal(w_dot)
         if type(cts[0]) is Zero:
-            back = [Zero(y_dot.aval) if want_y else None, Zero(w_dot.aval) if want_w else None]
+            back = [Zero(y_dot.aval) if want[0] else None, Zero(w_dot.aval) if want[1] else None]
         else:
-            back = cotangents(cts[0], y, w, handle, routing, want_y, want_w)
+            back = _cotangents(transposed, cts[0], y, w, handle, routing, want)
         return [*back, None, None, None, None, None]
 
     def tangent_abstract_eval(y_dot: Any, w_dot: Any, y: Any, w: Any, *handle: Any, routing: Routing) -> Any:
@@ -216,11 +222,19 @@ def _define_weighted(combine: compat.Primitive, transposed: compat.Primitive) ->
 
     tangent_p.def_effectful_abstract_eval(tangent_abstract_eval)
     compat.mlir.register_lowering(tangent_p, compat.mlir.lower_fun(tangent_meaning, multiple_results=True))
-    ad.primitive_jvps[combine] = jvp
-    ad.primitive_transposes[combine] = transpose
+    ad.primitive_jvps[combine] = functools.partial(_weighted_jvp, combine, tangent_p.bind)
+    ad.primitive_transposes[combine] = functools.partial(_weighted_transpose, transposed)
     ad.primitive_jvps[tangent_p] = tangent_jvp
     ad.primitive_transposes[tangent_p] = tangent_transpose
     WEIGHTED_TANGENTS[combine] = tangent_p
+
+
+def _start_of_sum(y_dot: Any, w_dot: Any, y: Any, w: Any, *handle: Any, routing: Routing) -> Any:
+    """The tangent of combine_weighted_start in both operands."""
+    of_y = w[:, None] * y_dot.astype(jnp.float32)
+    of_w = w_dot[:, None] * y.astype(jnp.float32)
+    rows, _ = p.move(p.combine_start_p, [(of_y + of_w).astype(y.dtype)], None, handle, routing, wire=None)
+    return list(rows)
 
 
 WEIGHTED_TANGENTS: dict[compat.Primitive, compat.Primitive] = {}
@@ -233,6 +247,9 @@ _define_transposes(p.dispatch_done_p, p.combine_start_p)
 ad.primitive_jvps[p.dispatch_p] = _dispatch_jvp
 pe.custom_partial_eval_rules[p.dispatch_p] = _dispatch_partial_eval
 _define_weighted(p.combine_weighted_p, p.dispatch_cached_p)
-_define_weighted(p.combine_weighted_start_p, p.dispatch_done_p)
+ad.primitive_jvps[p.combine_weighted_start_p] = functools.partial(
+    _weighted_jvp, p.combine_weighted_start_p, _start_of_sum
+)
+ad.primitive_transposes[p.combine_weighted_start_p] = functools.partial(_weighted_transpose, p.dispatch_done_p)
 
 compat.give_names_a_transpose()

@@ -3,10 +3,14 @@
     rows [T, B, H] -> [T, B*H] -> [C, B*H] -> [C, B, H]
 
 Every rank maps over the same number of calls in the same order, so no rank waits for a call that another never makes.
+
+Halves under vmap are not low latency: mapped one after another, all starts come before the first done, more of them than
+may be in flight; and what is in flight must be of one kind whichever way it is batched.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -18,6 +22,13 @@ from jax_ep._src import autodiff, compat, quantized
 from jax_ep._src import primitives as p
 from jax_ep._src.handle import Routing
 
+_HALVES = (
+    p.dispatch_start_p,
+    p.dispatch_done_p,
+    p.combine_start_p,
+    p.combine_done_p,
+    p.combine_weighted_start_p,
+)
 _LOGFMT_PIECE = 1024  # rows of whole pieces can be folded under wire="logfmt10"
 
 
@@ -109,6 +120,8 @@ def _register(primitive: compat.Primitive, rule: Any) -> None:
         if all(dim is None for dim in dims):  # inside vmap, but not batched
             results = primitive.bind(*args, **params)
             return results, [None] * len(results)
+        if primitive in _HALVES:
+            params["routing"] = dataclasses.replace(params["routing"], mode="high_throughput")
         return rule(axis_data, args, dims, **params)
 
     compat.batching.fancy_primitive_batchers[primitive] = batch
@@ -124,5 +137,5 @@ _register(p.combine_start_p, functools.partial(_moving, p.combine_start_p, 1))
 _register(p.combine_done_p, functools.partial(_moving, p.combine_done_p, 2))
 for _combine in (p.combine_weighted_p, p.combine_weighted_start_p):
     _register(_combine, functools.partial(_weighted, _combine, 1))
-    _tangent = autodiff.WEIGHTED_TANGENTS[_combine]
+for _tangent in autodiff.WEIGHTED_TANGENTS.values():
     _register(_tangent, functools.partial(_weighted, _tangent, 2))

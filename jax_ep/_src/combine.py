@@ -6,6 +6,8 @@ the sums, to the bit), autodiff.py and batching.py the transformations.
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 from jax.ad_checkpoint import checkpoint_name
 
@@ -74,6 +76,8 @@ def combine_start(
       >>> out = jax_ep.combine_done(pending) + shared
     """
     rows, weights = check.combine("combine_start", y, handle, weights, wire)
+    if wire is not None:  # no low-latency kernel has one, and the done half does not know of it
+        handle = dataclasses.replace(handle, routing=dataclasses.replace(handle.routing, mode="high_throughput"))
     routing = handle.routing
     if weights is None:
         rows, *arrays = align(routing, rows, *handle.arrays)

@@ -1,7 +1,9 @@
 """The primitives on CUDA: which kernel serves a call, and what it is told. The table at the end says which primitives have one.
 
-Whatever a kernel does not take falls back to the reference, with the same meaning: no peer access, processes on several hosts,
-empty arrays, shapes beyond the kernel's limits. Neighbours: group.py finds the devices, ffi/*/*_ffi.cc are the other side.
+Whatever a kernel does not take falls back, with the same meaning: from low latency to high throughput (groups over several
+processes too), from there to the reference: no peer access, processes on several hosts, empty arrays, shapes beyond the
+kernel's limits. The halves of a call are low latency or the reference's. Neighbours: group.py finds the devices,
+ffi/*/*_ffi.cc are the other side.
 """
 
 from __future__ import annotations
@@ -24,13 +26,15 @@ MAX_TOPK = 32  # one lane of a warp a choice
 MAX_BINS = 2080  # counts that a block publishes: kMaxBins in ffi/group/window.h
 MAX_RANKS = 32
 INT_MAX = 2**31 - 1
+AUTO_LOW_LATENCY_TOKENS = 128  # up to so many a rank, mode "auto" is "low_latency"
+IN_FLIGHT_BYTES = 16  # that a start leaves at the head of its first result, for its done
 
 
 # ---- what the kernels take -------------------------------------------------------------------------------------------
 
 
-def _row_bytes(aval: Any) -> int:
-    return math.prod(aval.shape[1:]) * aval.dtype.itemsize
+def _row_bytes(aval: Any, num_lead: int = 1) -> int:
+    return math.prod(aval.shape[num_lead:]) * aval.dtype.itemsize
 
 
 def _routing_fits(routing: Routing) -> bool:
@@ -45,13 +49,13 @@ def _routing_fits(routing: Routing) -> bool:
     )
 
 
-def _dispatch_fits(rows: Any, routing: Routing) -> bool:
-    sizes = [_row_bytes(row) for row in rows]
+def _dispatch_fits(rows: Any, routing: Routing, num_lead: int = 1) -> bool:
+    sizes = [_row_bytes(row, num_lead) for row in rows]
     return _routing_fits(routing) and len(sizes) <= 2 and all(sizes) and (not sizes or sizes[0] % 16 == 0)
 
 
-def _combine_fits(rows: Any, routing: Routing) -> bool:
-    sizes = [_row_bytes(row) for row in rows]
+def _combine_fits(rows: Any, routing: Routing, num_lead: int = 1) -> bool:
+    sizes = [_row_bytes(row, num_lead) for row in rows]
     return (
         _routing_fits(routing)
         and len(sizes) <= 1
@@ -59,6 +63,45 @@ def _combine_fits(rows: Any, routing: Routing) -> bool:
         and all(size % 16 == 0 for size in sizes)
         and all(row.dtype in (jnp.bfloat16, jnp.float16, jnp.float32) for row in rows)
         and all((routing.num_tokens + 3) * routing.num_ranks * (size // 2048 + 1) <= INT_MAX for size in sizes)
+    )
+
+
+def _wants_low_latency(routing: Routing) -> bool:
+    if routing.mode == "auto":
+        return routing.num_tokens <= AUTO_LOW_LATENCY_TOKENS
+    return routing.mode == "low_latency"
+
+
+# Each of these two says for shapes that fit how many bytes of a low-latency window a call needs, 0 if it is none. Both
+# halves of a call must be told the same: `rows` with `num_lead` leading axes stand for either's.
+
+
+def _dispatch_window(rows: Any, routing: Routing, has_weights: bool, is_routed: bool, num_lead: int = 1) -> int:
+    if not _wants_low_latency(routing):
+        return 0
+    return targets.low_latency_dispatch_bytes(
+        num_ranks=routing.num_ranks,
+        num_experts=routing.num_experts,
+        layout=LAYOUTS.index(routing.layout),
+        num_tokens=routing.num_tokens,
+        num_topk=routing.num_topk,
+        max_recv_tokens=routing.max_recv_tokens,
+        row_bytes=[_row_bytes(row, num_lead) for row in rows],
+        has_weights=has_weights,
+        is_routed=is_routed,
+    )
+
+
+def _combine_window(rows: Any, routing: Routing, has_carried: bool, num_lead: int = 1) -> int:
+    if not _wants_low_latency(routing):
+        return 0
+    return targets.low_latency_combine_bytes(
+        num_ranks=routing.num_ranks,
+        num_tokens=routing.num_tokens,
+        num_topk=routing.num_topk,
+        max_recv_tokens=routing.max_recv_tokens,
+        row_bytes=sum(_row_bytes(row, num_lead) for row in rows),
+        has_carried=has_carried,
     )
 
 
@@ -108,7 +151,14 @@ def _notify(ctx: Any, topk_idx: Any, *, routing: Routing) -> Any:
     devices = _groups(ctx, routing) if _routing_fits(routing) else None
     if devices is None:
         return _reference(reference.notify)(ctx, topk_idx, routing=routing)
-    return _call_dispatch(targets.NOTIFY, ctx, [topk_idx], routing, devices, 0, False)
+    window = _dispatch_window([], routing, False, False)
+    target = _with_arenas(devices, window, targets.LOW_LATENCY_NOTIFY, targets.NOTIFY)
+    return _call_dispatch(target, ctx, [topk_idx], routing, devices, 0, False)
+
+
+def _with_arenas(devices: group.Groups, window_bytes: int, low_latency: str, other: str) -> str:
+    """Which of two targets to call; the memory of the first is there then."""
+    return low_latency if window_bytes > 0 and group.make_arenas(devices, window_bytes) else other
 
 
 def _dispatch(ctx: Any, *operands: Any, routing: Routing, num_rows: int, has_weights: bool, wire: str | None) -> Any:
@@ -116,11 +166,14 @@ def _dispatch(ctx: Any, *operands: Any, routing: Routing, num_rows: int, has_wei
         return _reference(_encode_and_dispatch)(
             ctx, *operands, routing=routing, num_rows=num_rows, has_weights=has_weights, wire=wire
         )
-    devices = _groups(ctx, routing) if _dispatch_fits(ctx.avals_in[:num_rows], routing) else None
+    rows = ctx.avals_in[:num_rows]
+    devices = _groups(ctx, routing) if _dispatch_fits(rows, routing) else None
     if devices is None:
         static = {"routing": routing, "num_rows": num_rows, "has_weights": has_weights, "wire": wire}
         return _reference(reference.dispatch)(ctx, *operands, **static)
-    return _call_dispatch(targets.DISPATCH, ctx, operands, routing, devices, num_rows, has_weights)
+    window = _dispatch_window(rows, routing, has_weights, False)
+    target = _with_arenas(devices, window, targets.LOW_LATENCY_DISPATCH, targets.DISPATCH)
+    return _call_dispatch(target, ctx, operands, routing, devices, num_rows, has_weights)
 
 
 def _encode_and_dispatch(*operands: jax.Array, routing: Routing, num_rows: int, has_weights: bool, wire: str) -> Any:
@@ -132,22 +185,41 @@ def _encode_and_dispatch(*operands: jax.Array, routing: Routing, num_rows: int, 
 
 
 def _dispatch_cached(ctx: Any, *operands: Any, routing: Routing, num_rows: int, has_weights: bool) -> Any:
-    devices = _groups(ctx, routing) if _dispatch_fits(ctx.avals_in[:num_rows], routing) else None
+    rows = ctx.avals_in[:num_rows]
+    devices = _groups(ctx, routing) if _dispatch_fits(rows, routing) else None
     if devices is None:
         static = {"routing": routing, "num_rows": num_rows, "has_weights": has_weights}
         return _reference(reference.dispatch_cached)(ctx, *operands, **static)
-    return _call_dispatch(targets.DISPATCH_CACHED, ctx, operands, routing, devices, num_rows, has_weights)
+    window = _dispatch_window(rows, routing, has_weights, True)
+    target = _with_arenas(devices, window, targets.LOW_LATENCY_DISPATCH_CACHED, targets.DISPATCH_CACHED)
+    return _call_dispatch(target, ctx, operands, routing, devices, num_rows, has_weights)
 
 
-def _call_combine(
-    ctx: Any, operands: Any, routing: Routing, devices: Any, has_rows: bool, has_weights: bool, has_carried: bool
-) -> Any:
-    avals_out = list(ctx.avals_out)
-    *moved, slot, recv_slot, _ = operands
-    if has_rows and routing.layout != "rank" and routing.num_ranks > 1:
-        # Where the peers put their sums. A result like the others, so that XLA finds room for it call by call.
-        out = avals_out[0]
-        avals_out.append(jax.core.ShapedArray((routing.num_ranks - 1, *out.shape), out.dtype))
+def _holds_in_flight(routing: Routing, token_bytes: int) -> bool:
+    """Whether the first array between the halves, [R, T, ...], is long enough for what a start leaves in it."""
+    return routing.num_ranks * routing.num_tokens * token_bytes >= IN_FLIGHT_BYTES
+
+
+def _dispatch_half(meaning: Rule, target: str, num_lead: int) -> Rule:
+    """Lowering of dispatch_start or dispatch_done, whose rows have `num_lead` leading axes."""
+
+    def rule(ctx: Any, *operands: Any, routing: Routing, num_rows: int, has_weights: bool) -> Any:
+        payload, rows = ctx.avals_in[: num_rows + has_weights], ctx.avals_in[:num_rows]
+        window = 0
+        if _dispatch_fits(rows, routing, num_lead) and _holds_in_flight(routing, _row_bytes(payload[0], num_lead)):
+            window = _dispatch_window(rows, routing, has_weights, True, num_lead)
+        devices = _groups(ctx, routing) if window > 0 else None
+        if devices is None or not group.make_arenas(devices, window):
+            static = {"routing": routing, "num_rows": num_rows, "has_weights": has_weights}
+            return _reference(meaning)(ctx, *operands, **static)
+        return _call_dispatch(target, ctx, operands, routing, devices, num_rows, has_weights)
+
+    return rule
+
+
+def _combine_attributes(
+    routing: Routing, has_rows: bool, has_weights: bool, has_carried: bool, devices: Any
+) -> dict[str, Any]:
     attributes = _int64(
         num_ranks=routing.num_ranks,
         one_row_a_rank=routing.layout == "rank",
@@ -157,10 +229,24 @@ def _call_combine(
         has_carried=has_carried,
         num_sms=routing.num_sms or 0,
     )
+    return attributes | {"devices": np.array(devices, np.int64).reshape(-1)}
+
+
+def _call_combine(
+    ctx: Any, operands: Any, routing: Routing, devices: Any, has_rows: bool, has_weights: bool, has_carried: bool
+) -> Any:
+    attributes = _combine_attributes(routing, has_rows, has_weights, has_carried, devices)
+    window = _combine_window(ctx.avals_in[: int(has_rows)], routing, has_carried)
+    if window > 0 and group.make_arenas(devices, window):
+        return _launched_once(jax.ffi.ffi_lowering(targets.LOW_LATENCY_COMBINE)(ctx, *operands, **attributes))
+    avals_out = list(ctx.avals_out)
+    *moved, slot, recv_slot, _ = operands
+    if has_rows and routing.layout != "rank" and routing.num_ranks > 1:
+        # Where the peers put their sums. A result like the others, so that XLA finds room for it call by call.
+        out = avals_out[0]
+        avals_out.append(jax.core.ShapedArray((routing.num_ranks - 1, *out.shape), out.dtype))
     ctx = ctx.replace(avals_in=[*ctx.avals_in[:-1]], avals_out=avals_out)
-    results = jax.ffi.ffi_lowering(targets.COMBINE)(
-        ctx, *moved, slot, recv_slot, devices=np.array(devices, np.int64).reshape(-1), **attributes
-    )
+    results = jax.ffi.ffi_lowering(targets.COMBINE)(ctx, *moved, slot, recv_slot, **attributes)
     return _launched_once(results)[: int(has_rows) + int(has_carried)]
 
 
@@ -181,11 +267,75 @@ def _combine_weighted(ctx: Any, *operands: Any, routing: Routing, wire: str | No
     return _call_combine(ctx, operands, routing, devices, True, True, False)
 
 
+def _call_combine_half(
+    meaning: Rule,
+    target: str,
+    ctx: Any,
+    operands: Any,
+    routing: Routing,
+    num_lead: int,
+    kinds: tuple[bool, bool, bool],
+    **static: Any,
+) -> Any:
+    """Lowers a half of a combine with rows, weights and carried gates as `kinds` says, or else its `meaning`."""
+    has_rows, has_weights, has_carried = kinds
+    rows = ctx.avals_in[: int(has_rows)]
+    token_bytes = _row_bytes(rows[0], num_lead) if has_rows else 4 * routing.num_topk
+    window = 0
+    if static.get("wire") is None and _combine_fits(rows, routing, num_lead) and _holds_in_flight(routing, token_bytes):
+        window = _combine_window(rows, routing, has_carried, num_lead)
+    devices = _groups(ctx, routing) if window > 0 else None
+    if devices is None or not group.make_arenas(devices, window):
+        return _reference(meaning)(ctx, *operands, routing=routing, **static)
+    attributes = _combine_attributes(routing, has_rows, has_weights, has_carried, devices)
+    return _launched_once(jax.ffi.ffi_lowering(target)(ctx, *operands, **attributes))
+
+
+def _combine_start(
+    ctx: Any, *operands: Any, routing: Routing, num_rows: int, has_weights: bool, wire: str | None
+) -> Any:
+    if num_rows > 1:
+        static = {"routing": routing, "num_rows": num_rows, "has_weights": has_weights, "wire": wire}
+        return _reference(reference.combine_start)(ctx, *operands, **static)
+    return _call_combine_half(
+        reference.combine_start, targets.LOW_LATENCY_COMBINE_START, ctx, operands, routing, 1,
+        (num_rows == 1, False, has_weights), num_rows=num_rows, has_weights=has_weights, wire=wire,
+    )  # fmt: skip
+
+
+def _combine_weighted_start(ctx: Any, *operands: Any, routing: Routing, wire: str | None) -> Any:
+    return _call_combine_half(
+        reference.combine_weighted_start, targets.LOW_LATENCY_COMBINE_START, ctx, operands, routing, 1,
+        (True, True, False), wire=wire,
+    )  # fmt: skip
+
+
+def _combine_done(ctx: Any, *operands: Any, routing: Routing, num_rows: int, has_weights: bool) -> Any:
+    if num_rows > 1:
+        static = {"routing": routing, "num_rows": num_rows, "has_weights": has_weights}
+        return _reference(reference.combine_done)(ctx, *operands, **static)
+    return _call_combine_half(
+        reference.combine_done, targets.LOW_LATENCY_COMBINE_DONE, ctx, operands, routing, 2,
+        (num_rows == 1, False, has_weights), num_rows=num_rows, has_weights=has_weights,
+    )  # fmt: skip
+
+
 for _primitive, _rule in (
     (primitives.notify_p, _notify),
     (primitives.dispatch_p, _dispatch),
     (primitives.dispatch_cached_p, _dispatch_cached),
+    (
+        primitives.dispatch_start_p,
+        _dispatch_half(reference.dispatch_start, targets.LOW_LATENCY_DISPATCH_START, 1),
+    ),
+    (
+        primitives.dispatch_done_p,
+        _dispatch_half(reference.dispatch_done, targets.LOW_LATENCY_DISPATCH_DONE, 2),
+    ),
     (primitives.combine_p, _combine),
+    (primitives.combine_start_p, _combine_start),
+    (primitives.combine_done_p, _combine_done),
     (primitives.combine_weighted_p, _combine_weighted),
+    (primitives.combine_weighted_start_p, _combine_weighted_start),
 ):
     compat.mlir.register_lowering(_primitive, _rule, platform="cuda")

@@ -74,3 +74,17 @@ def _of_devices(device_groups: tuple[tuple[Any, ...], ...], world: peers.World |
             places = [targets.Place(*place) for place in world.places(group, number, ordinals)]
             targets.make_spanning_group(list(group), places)
     return groups
+
+
+def make_arenas(groups: Groups, window_bytes: int) -> bool:
+    """Sees to the memory of low-latency calls that need so many bytes of a window; kept for the process's life.
+
+    False, in every process alike, where a group spans processes: arenas are not shared between them.
+    """
+    processes = {device.id: device.process_index for device in jax.devices()}
+    if any(len({processes.get(device, 0) for device in group}) > 1 for group in groups):
+        return False
+    for group in groups:
+        if processes.get(group[0], 0) == jax.process_index():
+            targets.make_arenas(list(group), window_bytes)
+    return True

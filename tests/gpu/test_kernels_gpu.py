@@ -7,6 +7,9 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 import jax_ep
+from jax_ep._src import group
+
+MODES = ["high_throughput", "low_latency"]
 
 pytestmark = pytest.mark.gpu
 
@@ -16,9 +19,9 @@ def shard_map(f):
     return jax.jit(jax.shard_map(f, mesh=mesh, in_specs=P("e"), out_specs=P("e")))
 
 
-def pair(layout):
+def pair(layout, mode):
     def f(x, idx, gates):
-        static = {"axis_name": "e", "num_experts": 4 * len(jax.devices()), "layout": layout}
+        static = {"axis_name": "e", "num_experts": 4 * len(jax.devices()), "layout": layout, "mode": mode}
         recv, handle = jax_ep.dispatch(x, idx, gates, **static)
         moved = jax_ep.dispatch_cached(2 * x, handle)
         out = jax_ep.combine(recv.x + moved, handle, None if layout == "rank" else recv.weights)
@@ -35,11 +38,13 @@ def operands():
     return x, idx, rng.standard_normal(idx.shape).astype(np.float32)
 
 
+@pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("layout", ["expert", "rank", "batched"])
-def test_programs_call_the_kernels_and_no_collective(layout):
-    text = shard_map(pair(layout)).lower(*operands()).as_text()
-    for target in ("jax_ep_dispatch", "jax_ep_dispatch_cached", "jax_ep_combine"):
-        assert f"@{target}(" in text
+def test_programs_call_the_kernels_and_no_collective(layout, mode):
+    text = shard_map(pair(layout, mode)).lower(*operands()).as_text()
+    prefix = "jax_ep_low_latency_" if mode == "low_latency" else "jax_ep_"
+    for operation in ("dispatch", "dispatch_cached", "combine"):
+        assert f"@{prefix}{operation}(" in text
     assert "all_gather" not in text and "all_to_all" not in text
 
 
@@ -52,9 +57,42 @@ def test_a_barrier_is_a_kernel_that_counts_the_ranks():
         np.testing.assert_array_equal(f(), np.full(mesh.size, mesh.size, np.int32))
 
 
+@pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("layout", ["expert", "rank", "batched"])
-def test_many_calls_in_flight_give_the_same_bits(layout):
-    f = shard_map(pair(layout))
+def test_many_calls_in_flight_give_the_same_bits(layout, mode):
+    f = shard_map(pair(layout, mode))
     first = jax.tree.map(np.asarray, f(*operands()))
     for result in [f(*operands()) for _ in range(50)]:
         jax.tree.map(np.testing.assert_array_equal, first, jax.tree.map(np.asarray, result))
+
+
+@pytest.mark.parametrize("layout", ["expert", "rank", "batched"])
+def test_both_kinds_of_kernels_and_the_reference_agree_to_the_bit(layout, monkeypatch):
+    results = [jax.tree.map(np.asarray, shard_map(pair(layout, mode))(*operands())) for mode in MODES]
+    monkeypatch.setattr(group, "along", lambda axis_context, axis_name: None)
+    reference = jax.tree.map(np.asarray, shard_map(pair(layout, "auto"))(*operands()))
+    for result in results:
+        jax.tree.map(np.testing.assert_array_equal, result, reference)
+
+
+def test_low_latency_halves_in_a_scan_carry_their_rows_from_one_step_to_the_next():
+    """Each step ends the exchange that the step before has started; the first ends one of nothing."""
+
+    def f(x, idx, gates):
+        static = {"axis_name": "e", "num_experts": 4 * len(jax.devices()), "mode": "low_latency"}
+
+        def step(pending, x):
+            recv, handle = jax_ep.dispatch_done(pending)
+            return jax_ep.dispatch_start(x, idx, gates, **static), jax_ep.combine(recv.x, handle)
+
+        nothing = jax.tree.map(jnp.zeros_like, jax_ep.dispatch_start(x, idx, gates, **static))
+        last, outs = jax.lax.scan(step, nothing, jnp.stack([x * i for i in range(1, 8)]))
+        recv, handle = jax_ep.dispatch_done(last)
+        return jnp.concatenate([outs, jax_ep.combine(recv.x, handle)[None]]).swapaxes(0, 1)
+
+    x, idx, gates = operands()
+    outs = np.asarray(shard_map(f)(jnp.sign(x), idx, gates))
+    once = outs[:, 1]
+    assert np.any(once)
+    for step in range(8):
+        np.testing.assert_array_equal(outs[:, step], once * step)

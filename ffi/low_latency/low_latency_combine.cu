@@ -1,0 +1,322 @@
+// The low-latency combine kernels and their launcher: see low_latency.h for the contract, docs/protocol.md for the
+// order of events.
+//
+//   warps    role       waits for              signals
+//   0 - 6    sender     the window's reuse     lines of this rank's sums of a peer's token, and of what it carries back
+//   7 - 14   receiver   lines                  (own rows it sums itself, unless the call is halved)
+//   15       keeper                            windows read before, to the peers; epoch
+#include <algorithm>
+
+#include "combine/vector.cuh"
+#include "low_latency/lines.cuh"
+
+namespace jax_ep {
+namespace {
+
+constexpr int kPeersAtOnce = 4;
+
+struct CombineWork {
+  CombineParams params;
+  LowLatencyParams low_latency;
+  LineCounts lines;
+  Cut cut;
+};
+
+// The rows of y that lanes name (-1: none), added in lane order: this lane's units of `count` groups from `first_line`,
+// rounded to y's dtype.
+template <class T, bool kWeighted, int N>
+__device__ __forceinline__ void SumRows(const CombineWork& work, int row, int first_line, int count, uint4 (&bits)[N]) {
+  const CombineParams& p = work.params;
+  const int64_t row_bytes = work.params.row_bytes;
+  float weight = 1.f;
+  if (kWeighted && row >= 0) weight = p.weights[row];
+  int64_t offset[N];
+  bool in_row[N];
+  float sum[N][Vector<T>::kSize];
+#pragma unroll
+  for (int v = 0; v < N; ++v) {
+    const int line = first_line + v * kGroupLines + LineInGroup();
+    offset[v] = UnitOffset(work.lines.record, line);
+    in_row[v] = v < count && line < work.lines.record && offset[v] < row_bytes;
+#pragma unroll
+    for (int i = 0; i < Vector<T>::kSize; ++i) sum[v][i] = 0.f;
+  }
+  for (uint32_t rest = __ballot_sync(~0u, row >= 0); rest != 0;) {
+    // Two rows at a time, so that the loads of both are under way before the first is added.
+    const int one = __ffs(rest) - 1;
+    rest &= rest - 1;
+    const int two = rest != 0 ? __ffs(rest) - 1 : -1;
+    rest &= rest - 1;
+    const char* const row_one = p.y + __shfl_sync(~0u, row, one) * row_bytes;
+    const char* const row_two = p.y + __shfl_sync(~0u, row, max(two, 0)) * row_bytes;
+    const float weight_one = __shfl_sync(~0u, weight, one), weight_two = __shfl_sync(~0u, weight, max(two, 0));
+    uint4 bits_one[N], bits_two[N];
+#pragma unroll
+    for (int v = 0; v < N; ++v) bits_one[v] = in_row[v] ? LoadUnit(row_one, offset[v]) : uint4{};
+#pragma unroll
+    for (int v = 0; v < N; ++v) bits_two[v] = in_row[v] && two >= 0 ? LoadUnit(row_two, offset[v]) : uint4{};
+#pragma unroll
+    for (int v = 0; v < N; ++v)
+      Accumulate<T, kWeighted>(sum[v], reinterpret_cast<const int4&>(bits_one[v]), weight_one);
+    if (two < 0) break;
+#pragma unroll
+    for (int v = 0; v < N; ++v)
+      Accumulate<T, kWeighted>(sum[v], reinterpret_cast<const int4&>(bits_two[v]), weight_two);
+  }
+#pragma unroll
+  for (int v = 0; v < N; ++v) {
+    const int4 packed = Vector<T>::Pack(sum[v]);
+    bits[v] = make_uint4(packed.x, packed.y, packed.z, packed.w);
+  }
+}
+
+__device__ __forceinline__ float Carried(const CombineParams& p, int row, int k) {
+  return p.carried[p.one_row_a_rank ? static_cast<int64_t>(row) * p.num_topk + k : row];
+}
+
+// This lane's unit of what is carried back, from byte `offset` of it: of each choice that has its row here.
+__device__ __noinline__ uint4 LoadCarried(const CombineParams& p, const int32_t* here, int64_t offset) {
+  uint32_t words[4];
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const int k = static_cast<int>(offset / 4) + i, row = k < p.num_topk ? here[k] : -1;
+    words[i] = row >= 0 ? __float_as_uint(Carried(p, row, k)) : 0;
+  }
+  return make_uint4(words[0], words[1], words[2], words[3]);
+}
+
+// The same unit as it came from `rank`, to the choices that went there.
+__device__ __noinline__ void StoreCarried(const CombineParams& p, int64_t token, int rank, int64_t offset, uint4 bits) {
+  const uint32_t words[4] = {bits.x, bits.y, bits.z, bits.w};
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const int k = static_cast<int>(offset / 4) + i;
+    if ((IsTail() && i >= 2) || k >= p.num_topk) continue;
+    const int64_t choice = token * p.num_topk + k;
+    const int slot = p.slot[choice];
+    if (slot >= 0 && slot / p.max_recv_tokens == rank) p.carried_back[choice] = __uint_as_float(words[i]);
+  }
+}
+
+// This lane's row of a token, one lane a row.
+__device__ __forceinline__ int DistinctRow(const CombineParams& p, int row) {
+  if (!p.one_row_a_rank) return row;
+  const uint32_t same = __match_any_sync(~0u, row);
+  return (same & ((1u << (threadIdx.x % 32)) - 1)) == 0 ? row : -1;
+}
+
+// A piece of this rank's record for a token whose rows here are `here` [K], one of them, `row`, in each lane.
+template <class T, bool kWeighted>
+__device__ __forceinline__ void MakePiece(const CombineWork& work, const int32_t* here, int row, int first_line,
+                                          uint4 (&bits)[kMaxGroups]) {
+  const CombineParams& p = work.params;
+  const int64_t row_bytes = work.params.row_bytes;
+  // Half of the registers for sums, the other for loads: two groups at a time.
+#pragma unroll
+  for (int half = 0; half < kMaxGroups; half += 2) {
+    uint4 two[2];
+    two[0] = two[1] = uint4{};
+    if (half < work.cut.groups && row_bytes > 0)
+      SumRows<T, kWeighted>(work, DistinctRow(p, row), first_line + half * kGroupLines, work.cut.groups - half, two);
+    bits[half] = two[0], bits[half + 1] = two[1];
+  }
+  if (p.carried == nullptr) return;
+#pragma unroll
+  for (int v = 0; v < kMaxGroups; ++v) {
+    const int line = first_line + v * kGroupLines + LineInGroup();
+    const int64_t offset = UnitOffset(work.lines.record, line);
+    if (v < work.cut.groups && line < work.lines.record && offset >= row_bytes)
+      bits[v] = LoadCarried(p, here, offset - row_bytes);
+  }
+}
+
+// This rank's sums to the tokens' ranks; through its own window too where the call is halved.
+template <class T, bool kWeighted>
+__device__ bool SendSums(const CombineWork& work, const ArenaCall& call) {
+  const CombineParams& p = work.params;
+  const int lane = threadIdx.x % 32, num_topk = p.num_topk, num_pieces = work.cut.pieces;
+  const int num_targets = call.receives ? call.num_ranks - 1 : call.num_ranks;
+  const int64_t choices = static_cast<int64_t>(p.num_tokens) * num_topk;
+  const int64_t source_bytes = work.lines.SourceBytes(p.num_tokens);
+  const int num_units = p.num_tokens * num_targets * num_pieces, stride = gridDim.x * kSenders;
+  bool ready = false;
+  const auto target_of = [&](int unit) { return (call.rank + 1 + unit / num_pieces % num_targets) % call.num_ranks; };
+  const auto here_of = [&](int unit) {
+    return p.recv_slot + target_of(unit) * choices + unit / num_pieces / num_targets * static_cast<int64_t>(num_topk);
+  };
+  const auto load_row = [&](int unit) { return unit < num_units && lane < num_topk ? here_of(unit)[lane] : -1; };
+  int unit = blockIdx.x + gridDim.x * (threadIdx.x / 32);
+  int next_row = load_row(unit);
+  for (; unit < num_units; unit += stride) {
+    const int row = next_row;
+    next_row = load_row(unit + stride);
+    if (__ballot_sync(~0u, row >= 0) == 0) continue;
+    const int64_t token = unit / num_pieces / num_targets;
+    const int first_line = unit % num_pieces * work.cut.lines();
+    uint4 bits[kMaxGroups];
+    MakePiece<T, kWeighted>(work, here_of(unit), row, first_line, bits);
+    if (!ready && !(ready = AwaitReuse(call))) return false;
+    char* const record =
+        call.Lines(target_of(unit), call.rank, source_bytes) + (token * work.lines.record + first_line) * kLineBytes;
+#pragma unroll
+    for (int v = 0; v < kMaxGroups; ++v) {
+      SetEpoch(call, bits[v]);
+      if (v < work.cut.groups && first_line + v * kGroupLines + LineInGroup() < work.lines.record)
+        StoreLine(record + v * kGroupBytes + lane * 16, bits[v]);
+    }
+  }
+  return true;
+}
+
+// Own tokens: over the ranks that hold rows of one, in rank order, what they sent.
+template <class T, bool kWeighted>
+__device__ bool ReceiveSums(const CombineWork& work, const ArenaCall& call) {
+  const CombineParams& p = work.params;
+  const int lane = threadIdx.x % 32, num_topk = p.num_topk,
+            num_groups = static_cast<int>(DivideUp(work.lines.record, kGroupLines));
+  const int64_t row_bytes = work.params.row_bytes, source_bytes = work.lines.SourceBytes(p.num_tokens);
+  const int num_units = p.num_tokens * num_groups;
+  for (int unit = blockIdx.x + gridDim.x * (threadIdx.x / 32 - kSenders); unit < num_units;
+       unit += gridDim.x * kReceivers) {
+    const int64_t token = unit / num_groups;
+    const int line = unit % num_groups * kGroupLines + LineInGroup();
+    const bool in_record = line < work.lines.record;
+    const int64_t offset = UnitOffset(work.lines.record, line);
+    const int slot = lane < num_topk ? p.slot[token * num_topk + lane] : -1;
+    const int rank = slot >= 0 ? slot / p.max_recv_tokens : -1, row = slot - rank * p.max_recv_tokens;
+    uint32_t ranks = __reduce_or_sync(~0u, rank >= 0 ? 1u << rank : 0u);
+    uint4 own[1] = {};
+    const bool sums_itself = call.sends && (ranks >> call.rank & 1) != 0;
+    if (sums_itself && row_bytes > 0) {
+      const int here = rank == call.rank ? row : -1;
+      SumRows<T, kWeighted>(work, DistinctRow(p, here), unit % num_groups * kGroupLines, 1, own);
+    }
+    if (p.carried_back != nullptr && unit % num_groups == 0 && lane < num_topk) {
+      // Choices that no line brings.
+      if (slot < 0) p.carried_back[token * num_topk + lane] = 0.f;
+      if (call.sends && rank == call.rank) p.carried_back[token * num_topk + lane] = Carried(p, row, lane);
+    }
+    float total[Vector<T>::kSize] = {};
+    while (ranks != 0) {
+      const char* place[kPeersAtOnce];
+      int from[kPeersAtOnce];
+      uint4 bits[kPeersAtOnce];
+#pragma unroll
+      for (int i = 0; i < kPeersAtOnce; ++i) {
+        from[i] = ranks != 0 ? __ffs(ranks) - 1 : -1;
+        ranks &= ranks - 1;
+        const bool comes = from[i] >= 0 && !(call.sends && from[i] == call.rank) && in_record;
+        place[i] = comes ? call.Lines(call.rank, from[i], source_bytes) +
+                               (token * work.lines.record + line) * kLineBytes + lane % 8 * 16
+                         : nullptr;
+      }
+      const auto peer_of = [&](int i) { return i == 0 ? from[0] : i == 1 ? from[1] : i == 2 ? from[2] : from[3]; };
+      if (!ReceiveLines(call, place, bits, peer_of, static_cast<int>(token))) return false;
+#pragma unroll
+      for (int i = 0; i < kPeersAtOnce; ++i) {
+        if (from[i] < 0) continue;
+        if (call.sends && from[i] == call.rank) bits[i] = own[0];
+        Accumulate<T, false>(total, reinterpret_cast<const int4&>(bits[i]), 1.f);
+        if (place[i] != nullptr && offset >= row_bytes) StoreCarried(p, token, from[i], offset - row_bytes, bits[i]);
+      }
+    }
+    if (!in_record || offset >= row_bytes) continue;
+    const int4 packed = Vector<T>::Pack(total);
+    StoreUnit(p.out + token * row_bytes + offset, make_uint4(packed.x, packed.y, packed.z, packed.w));
+  }
+  return true;
+}
+
+__device__ void ClearResults(const CombineWork& work, int block, int num_blocks) {
+  const CombineParams& p = work.params;
+  const int64_t thread = static_cast<int64_t>(block) * kLowLatencyThreads + threadIdx.x;
+  const int64_t stride = static_cast<int64_t>(num_blocks) * kLowLatencyThreads;
+  const int64_t num_words = p.num_tokens * (work.params.row_bytes / 16);
+  for (int64_t i = thread; i < num_words; i += stride) reinterpret_cast<int4*>(p.out)[i] = int4{};
+  const int64_t num_choices = p.carried_back != nullptr ? static_cast<int64_t>(p.num_tokens) * p.num_topk : 0;
+  for (int64_t i = thread; i < num_choices; i += stride) p.carried_back[i] = 0.f;
+}
+
+template <class T, bool kWeighted>
+__global__ void __launch_bounds__(kLowLatencyThreads, 1)
+    LowLatencyCombineKernel(const __grid_constant__ CombineWork work) {
+  const ArenaCall call = BeginArenaCall(work.low_latency, kCombine, work.params.refused);
+  const int warp = threadIdx.x / 32;
+  bool failed = call.failed;
+  if (warp == kKeeper) {
+    Keep(call);
+  } else if (call.takes_part && warp < kSenders) {
+    failed = call.sends && call.num_ranks > (call.receives ? 1 : 0) && !SendSums<T, kWeighted>(work, call);
+  } else if (call.takes_part) {
+    failed = call.receives && !ReceiveSums<T, kWeighted>(work, call);
+  }
+  if (!call.receives && call.sends) {
+    if (blockIdx.x == 0 && threadIdx.x == 0) {
+      work.low_latency.in_flight[0] = call.epoch, work.low_latency.in_flight[1] = ~call.epoch;
+    }
+    LeaveFailed(call, failed);
+    return;
+  }
+  if (!call.takes_part && !call.failed) ClearResults(work, blockIdx.x, gridDim.x);
+  if (LeaveFailed(call, failed)) ClearResults(work, 0, 1);
+}
+
+using Kernel = void (*)(CombineWork);
+
+template <class T>
+Kernel KernelFor(bool weighted) {
+  return weighted ? LowLatencyCombineKernel<T, true> : LowLatencyCombineKernel<T, false>;
+}
+
+Kernel KernelFor(RowDtype dtype, bool weighted) {
+  if (dtype == RowDtype::kBfloat16) return KernelFor<__nv_bfloat16>(weighted);
+  if (dtype == RowDtype::kFloat16) return KernelFor<__half>(weighted);
+  return KernelFor<float>(weighted);
+}
+
+// What a call moves; its shape need not fit.
+CombineWork MakeWork(const CombineParams& p, bool carries) {
+  CombineWork work{};
+  work.params = p;
+  const int64_t carried_bytes = carries ? DivideUp(4ll * p.num_topk, 16) * 16 : 0;
+  work.lines = CountLines(false, p.num_tokens, p.num_topk, p.row_bytes + carried_bytes);
+  if (work.lines.record > 0) work.cut = CutRecord(work.lines.record, p.num_tokens);
+  return work;
+}
+
+}  // namespace
+
+int64_t LowLatencyCombineBytes(const CombineParams& p, int num_ranks) {
+  const int64_t choices = static_cast<int64_t>(p.num_tokens) * p.num_topk * num_ranks;
+  if (num_ranks > kMaxRanks || p.num_topk > kMaxTopk || p.row_bytes % 16 != 0 || p.row_bytes >= 1 << 26) return 0;
+  if (choices >= 1ll << 31 || static_cast<int64_t>(num_ranks) * p.max_recv_tokens >= 1ll << 31) return 0;
+  if (p.max_recv_tokens <= 0 || p.num_tokens <= 0) return 0;
+  const CombineWork work = MakeWork(p, p.carried != nullptr || p.carried_back != nullptr);
+  if (work.lines.record == 0 || int64_t{p.num_tokens} * num_ranks * work.lines.record >= 1ll << 30) return 0;
+  return num_ranks * work.lines.SourceBytes(p.num_tokens);
+}
+
+cudaError_t LoadLowLatencyCombine() {
+  for (RowDtype dtype : {RowDtype::kBfloat16, RowDtype::kFloat16, RowDtype::kFloat32}) {
+    for (bool weighted : {false, true}) {
+      cudaFuncAttributes attributes;
+      const auto* kernel = reinterpret_cast<const void*>(KernelFor(dtype, weighted));
+      if (cudaError_t error = cudaFuncGetAttributes(&attributes, kernel); error != cudaSuccess) return error;
+    }
+  }
+  return cudaSuccess;
+}
+
+cudaError_t LaunchLowLatencyCombine(const CombineParams& params, const LowLatencyParams& low_latency,
+                                    const LowLatencyConfig& config, cudaStream_t stream) {
+  CombineWork work = MakeWork(params, params.carried != nullptr || params.carried_back != nullptr);
+  work.low_latency = low_latency;
+  const int64_t sent = int64_t{params.num_tokens} * work.cut.pieces * low_latency.arenas.num_ranks;
+  const int64_t received = int64_t{params.num_tokens} * DivideUp(work.lines.record, kGroupLines);
+  const int64_t wanted = DivideUp(std::max(sent, received), kReceivers);
+  const int num_blocks = static_cast<int>(std::max<int64_t>(1, std::min<int64_t>(wanted, config.num_sms)));
+  KernelFor(params.dtype, params.weights != nullptr)<<<num_blocks, kLowLatencyThreads, 0, stream>>>(work);
+  return cudaGetLastError();
+}
+
+}  // namespace jax_ep
