@@ -21,9 +21,11 @@ __device__ __forceinline__ int UnitOffset(int num_lines, int line) {
 }
 
 // 16 bytes at `offset`, or in the low half the 8 bytes at an offset that is an odd multiple of 8. A row is a multiple
-// of 16 bytes, so all lanes load alike.
+// of 16 bytes, so all lanes load alike. From global memory, or kAnywhere.
+template <bool kAnywhere = false>
 __device__ __forceinline__ uint4 LoadUnit(const char* row, int64_t offset) {
-  uint4 bits = __ldcg(reinterpret_cast<const uint4*>(row + (offset & ~15ll)));
+  const auto* const place = reinterpret_cast<const uint4*>(row + (offset & ~15ll));
+  uint4 bits = kAnywhere ? *place : __ldcg(place);
   if ((offset & 8) != 0) bits.x = bits.z, bits.y = bits.w;
   return bits;
 }

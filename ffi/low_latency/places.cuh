@@ -16,6 +16,8 @@ struct DispatchWork {
   Cut cut;
   int gate_bytes;   // of a record: behind the first row, a multiple of 16; the second row comes last
   int zero_pieces;  // that a zero row is cut into
+  bool own_lines;   // own rows go through the own window: they are not at hand, or not as they will be
+  int encoded_offset, encoded_stride;  // of the two rows that the senders encode, in shared memory
 
   __host__ __device__ bool has_table() const { return params.operation != kDispatchCached; }
   __host__ __device__ int64_t first_bytes() const { return params.num_row_arrays > 0 ? params.rows[0].row_bytes : 0; }
