@@ -180,9 +180,8 @@ __device__ inline bool SendRows(const DispatchWork& work, const ArenaCall& call)
     const uint32_t ranks = RanksOf(work, call, token);
     uint4 bits[kMaxGroups];
     LoadPiece(work, token, first_line, bits);
-#pragma unroll
-    for (int v = 0; v < kMaxGroups; ++v) SetEpoch(call, bits[v]);
     if (!ready && !(ready = AwaitReuse(call))) return false;
+    SetEpoch(call, bits);
     int peer = call.rank;
     for (int n = 0; n < call.num_ranks; ++n) {
       if (++peer == call.num_ranks) peer = 0;
@@ -258,8 +257,8 @@ __device__ inline bool SendEncodedRows(const DispatchWork& work, const ArenaCall
           bits[v] = offset < row_bytes ? LoadUnit<true>(encoded, offset)
                                        : LoadBehindRow(work, token, scales, offset - row_bytes);
         }
-        SetEpoch(call, bits[v]);
       }
+      SetEpoch(call, bits);
       int peer = call.rank;
       for (int n = 0; n < call.num_ranks; ++n) {
         if (++peer == call.num_ranks) peer = 0;

@@ -95,12 +95,12 @@ __device__ inline bool SendTable(const DispatchWork& work, const ArenaCall& call
       const int high = in_line && begin + 2 * j + 1 < num_choices ? LoadExpert(p, begin + 2 * j + 1) : -1;
       words[j] = static_cast<uint32_t>(high) << 16 | (static_cast<uint32_t>(low) & 0xffff);
     }
-    uint4 bits = make_uint4(words[0], words[1], words[2], words[3]);
+    uint4 bits[1] = {make_uint4(words[0], words[1], words[2], words[3])};
     SetEpoch(call, bits);
     if (!ready && !(ready = AwaitReuse(call))) return false;
     const int peer = (call.rank + 1 + i % num_peers) % call.num_ranks;
     char* const table = call.Lines(peer, call.rank, work.lines.SourceBytes(p.num_tokens));
-    if (line < work.lines.table) StoreLine(table + line * kLineBytes + threadIdx.x % 8 * 16, bits);
+    if (line < work.lines.table) StoreLine(table + line * kLineBytes + threadIdx.x % 8 * 16, bits[0]);
   }
   return true;
 }
