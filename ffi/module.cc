@@ -54,7 +54,7 @@ nb::dict Handlers() {
 // Bytes of a window that a low-latency dispatch needs, 0 where it does not fit; `row_bytes` of each array of rows.
 int64_t LowLatencyDispatchBytes(int num_ranks, int num_experts, int layout, int num_tokens, int num_topk,
                                 int max_recv_tokens, const std::vector<int64_t>& row_bytes, bool has_weights,
-                                bool is_routed) {
+                                bool is_routed, bool encodes) {
   if (row_bytes.size() > jax_ep::kMaxRowArrays) return 0;
   static const float weight = 1;
   jax_ep::DispatchParams p{};
@@ -63,7 +63,7 @@ int64_t LowLatencyDispatchBytes(int num_ranks, int num_experts, int layout, int 
   p.num_experts = num_experts, p.num_tokens = num_tokens, p.num_topk = num_topk, p.max_recv_tokens = max_recv_tokens;
   p.topk_weights = has_weights ? &weight : nullptr;
   for (int64_t bytes : row_bytes) p.rows[p.num_row_arrays++].row_bytes = bytes;
-  return jax_ep::LowLatencyDispatchBytes(p, num_ranks);
+  return jax_ep::LowLatencyDispatchBytes(p, num_ranks, encodes);
 }
 
 // The same of a low-latency combine; no rows have 0 bytes.
@@ -106,7 +106,7 @@ NB_MODULE(_core, module) {
       nb::arg("devices"), nb::arg("window_bytes"));
   module.def("low_latency_dispatch_bytes", &LowLatencyDispatchBytes, nb::arg("num_ranks"), nb::arg("num_experts"),
              nb::arg("layout"), nb::arg("num_tokens"), nb::arg("num_topk"), nb::arg("max_recv_tokens"),
-             nb::arg("row_bytes"), nb::arg("has_weights"), nb::arg("is_routed"));
+             nb::arg("row_bytes"), nb::arg("has_weights"), nb::arg("is_routed"), nb::arg("encodes"));
   module.def("low_latency_combine_bytes", &LowLatencyCombineBytes, nb::arg("num_ranks"), nb::arg("num_tokens"),
              nb::arg("num_topk"), nb::arg("max_recv_tokens"), nb::arg("row_bytes"), nb::arg("has_carried"));
   module.def("have_peer_access", &jax_ep::Group::HavePeerAccess, nb::arg("devices"));

@@ -142,6 +142,14 @@ def test_few_tokens_are_served_by_low_latency_kernels(mesh, mode, layout):
     assert collectives(compiled) == []
 
 
+@pytest.mark.parametrize("wire", ["fp8", "fp8_ue8m0", "mxfp8"])
+def test_low_latency_kernels_encode_a_wire_format_themselves(mesh, wire):
+    compiled = compile_for_gpus(mesh, network(mesh, wire=wire, mode="low_latency"))
+    assert launches(compiled) == ["low_latency_dispatch", "low_latency_combine"]
+    (dispatch,) = re.findall(r"= \((.*?)\) custom-call\((.*?)\).*low_latency_dispatch\"", compiled.as_text())
+    assert f"f8e4m3fn[{5 * T},{H}]" in dispatch[0] and "f8e" not in dispatch[1]
+
+
 @pytest.mark.parametrize("options", [NO_GRAPHS, GRAPHS], ids=["launched", "graphs"])
 def test_scan_and_grad_launch_each_low_latency_call_once(mesh, options):
     compiled = compile_for_gpus(mesh, gradient(network(mesh, mode="low_latency")), options)

@@ -21,9 +21,11 @@ __device__ __forceinline__ int UnitOffset(int num_lines, int line) {
 }
 
 // 16 bytes at `offset`, or in the low half the 8 bytes at an offset that is an odd multiple of 8. A row is a multiple
-// of 16 bytes, so all lanes load alike.
+// of 16 bytes, so all lanes load alike. From global memory, or kAnywhere.
+template <bool kAnywhere = false>
 __device__ __forceinline__ uint4 LoadUnit(const char* row, int64_t offset) {
-  uint4 bits = __ldcg(reinterpret_cast<const uint4*>(row + (offset & ~15ll)));
+  const auto* const place = reinterpret_cast<const uint4*>(row + (offset & ~15ll));
+  uint4 bits = kAnywhere ? *place : __ldcg(place);
   if ((offset & 8) != 0) bits.x = bits.z, bits.y = bits.w;
   return bits;
 }
@@ -38,10 +40,15 @@ __device__ __forceinline__ void StoreUnit(char* place, const uint4& bits) {
 
 __device__ __forceinline__ uint64_t EpochIn(const uint4& bits) { return static_cast<uint64_t>(bits.w) << 32 | bits.z; }
 
-__device__ __forceinline__ void SetEpoch(const ArenaCall& call, uint4& bits) {
-  if (!IsTail()) return;
-  bits.z = static_cast<uint32_t>(call.epoch);
-  bits.w = static_cast<uint32_t>(call.epoch >> 32);
+// Makes lines of what the lanes hold, by one whole warp, whose lanes then store together.
+template <int N>
+__device__ __forceinline__ void SetEpoch(const ArenaCall& call, uint4 (&bits)[N]) {
+#pragma unroll
+  for (int i = 0; i < N; ++i) {
+    bits[i].z = IsTail() ? static_cast<uint32_t>(call.epoch) : bits[i].z;
+    bits[i].w = IsTail() ? static_cast<uint32_t>(call.epoch >> 32) : bits[i].w;
+  }
+  __syncwarp();
 }
 
 // Waits for N groups of lines at once; a lane's `place` is null where it has no line. `peer_of(i)` sent group i; `item`
@@ -49,6 +56,7 @@ __device__ __forceinline__ void SetEpoch(const ArenaCall& call, uint4& bits) {
 template <int N, class PeerOf>
 __device__ __forceinline__ bool ReceiveLines(const ArenaCall& call, const char* const (&place)[N], uint4 (&bits)[N],
                                              const PeerOf& peer_of, int item) {
+  __syncwarp();  // the lanes of a line load together
   const auto lacks = [&](int i) { return IsTail() && place[i] != nullptr && EpochIn(bits[i]) != call.epoch; };
 #pragma unroll
   for (int i = 0; i < N; ++i) bits[i] = place[i] != nullptr ? LoadLine(place[i]) : uint4{};
@@ -65,6 +73,7 @@ __device__ __forceinline__ bool ReceiveLines(const ArenaCall& call, const char* 
     }
     if (missing == 0) return true;
     if (!patience.WaitOn(call, kLines, peer_of(__ffs(missing) - 1), item, call.Tag(kPosted), seen)) return false;
+    __syncwarp();
 #pragma unroll
     for (int i = 0; i < N; ++i) {
       if ((missing >> i & 1) != 0 && place[i] != nullptr) bits[i] = LoadLine(place[i]);

@@ -158,9 +158,9 @@ __device__ bool SendSums(const CombineWork& work, const ArenaCall& call) {
     if (!ready && !(ready = AwaitReuse(call))) return false;
     char* const record =
         call.Lines(target_of(unit), call.rank, source_bytes) + (token * work.lines.record + first_line) * kLineBytes;
+    SetEpoch(call, bits);
 #pragma unroll
     for (int v = 0; v < kMaxGroups; ++v) {
-      SetEpoch(call, bits[v]);
       if (v < work.cut.groups && first_line + v * kGroupLines + LineInGroup() < work.lines.record)
         StoreLine(record + v * kGroupBytes + lane * 16, bits[v]);
     }

@@ -7,6 +7,7 @@
 //   15       keeper                                               windows read before, to the peers; epoch
 #include <algorithm>
 
+#include "device/quantize.cuh"
 #include "low_latency/places.cuh"
 
 namespace jax_ep {
@@ -21,7 +22,7 @@ constexpr int64_t kMaxShared = 232448 - 1024;
 __device__ inline uint4 LoadSmallRow(const char* row, int64_t row_bytes, int64_t offset) {
   uint4 bits{};
   if (offset >= row_bytes) return bits;
-  if (row_bytes % 16 == 0) return LoadUnit(row, offset);
+  if (row_bytes % 16 == 0) return LoadUnit<true>(row, offset);
   uint32_t words[4] = {};
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
@@ -56,13 +57,12 @@ __device__ inline void StoreSmallRow(char* row, int64_t row_bytes, int64_t offse
   }
 }
 
-// This lane's unit of a token's record, behind the first row.
-__device__ __noinline__ uint4 LoadBehindRow(const DispatchWork& work, int64_t token, int64_t offset) {
+// This lane's unit of a token's record, behind the first row; the second row is at `second`.
+__device__ __noinline__ uint4 LoadBehindRow(const DispatchWork& work, int64_t token, const char* second,
+                                            int64_t offset) {
   const DispatchParams& p = work.params;
   if (offset >= work.gate_bytes) {
-    if (p.num_row_arrays < 2) return uint4{};
-    const RowArray& second = p.rows[1];
-    return LoadSmallRow(second.x + token * second.row_bytes, second.row_bytes, offset - work.gate_bytes);
+    return p.num_row_arrays < 2 ? uint4{} : LoadSmallRow(second, p.rows[1].row_bytes, offset - work.gate_bytes);
   }
   uint32_t words[4];
 #pragma unroll
@@ -78,6 +78,7 @@ __device__ __forceinline__ void LoadPiece(const DispatchWork& work, int64_t toke
                                           uint4 (&bits)[kMaxGroups]) {
   const int64_t row_bytes = work.first_bytes();
   const char* const row = work.params.rows[0].x + token * row_bytes;
+  const char* const second = work.params.rows[1].x + token * work.second_bytes();
 #pragma unroll
   for (int v = 0; v < kMaxGroups; ++v) {
     const int line = first_line + v * kGroupLines + LineInGroup();
@@ -91,7 +92,7 @@ __device__ __forceinline__ void LoadPiece(const DispatchWork& work, int64_t toke
     const int line = first_line + v * kGroupLines + LineInGroup();
     const int64_t offset = UnitOffset(work.lines.record, line);
     if (v >= work.cut.groups || line >= work.lines.record) continue;
-    if (offset >= row_bytes) bits[v] = LoadBehindRow(work, token, offset - row_bytes);
+    if (offset >= row_bytes) bits[v] = LoadBehindRow(work, token, second, offset - row_bytes);
   }
 }
 
@@ -147,34 +148,40 @@ __device__ __forceinline__ void StorePiece(const DispatchWork& work, const int32
 
 // ---- roles
 
-// Every token once to every rank that owns one of its experts; through its own window too where the call is halved.
+// The ranks to which a token goes, a bit each, from its expert or slot in each lane.
+__device__ __forceinline__ uint32_t RanksOf(const DispatchWork& work, const ArenaCall& call, int64_t token) {
+  const DispatchParams& p = work.params;
+  const int lane = threadIdx.x % 32;
+  int rank = -1;
+  if (lane < p.num_topk) {
+    if (work.has_table()) {
+      const int expert = LoadExpert(p, token * p.num_topk + lane);
+      if (expert >= 0) rank = expert / (p.num_experts / call.num_ranks);
+    } else {
+      const int slot = p.slot[token * p.num_topk + lane];
+      if (slot >= 0) rank = slot / p.max_recv_tokens;
+    }
+  }
+  const uint32_t ranks = __reduce_or_sync(~0u, rank >= 0 ? 1u << rank : 0u);
+  return work.own_lines ? ranks : ranks & ~(1u << call.rank);
+}
+
+// Every token once to every rank that owns one of its experts, through the own window too if its lines are wanted.
 // Destinations begin at the neighbour, so that no receiver is everybody's first.
 __device__ inline bool SendRows(const DispatchWork& work, const ArenaCall& call) {
   const DispatchParams& p = work.params;
-  const int lane = threadIdx.x % 32, num_local = p.num_experts / call.num_ranks;
+  const int lane = threadIdx.x % 32;
   const int64_t source_bytes = work.lines.SourceBytes(p.num_tokens);
   const int num_units = p.num_tokens * work.cut.pieces;
   bool ready = false;
   for (int unit = blockIdx.x + gridDim.x * (threadIdx.x / 32); unit < num_units; unit += gridDim.x * kSenders) {
     const int64_t token = unit / work.cut.pieces;
     const int first_line = unit % work.cut.pieces * work.cut.lines();
-    int rank = -1;
-    if (lane < p.num_topk) {
-      if (work.has_table()) {
-        const int expert = LoadExpert(p, token * p.num_topk + lane);
-        if (expert >= 0) rank = expert / num_local;
-      } else {
-        const int slot = p.slot[token * p.num_topk + lane];
-        if (slot >= 0) rank = slot / p.max_recv_tokens;
-      }
-    }
+    const uint32_t ranks = RanksOf(work, call, token);
     uint4 bits[kMaxGroups];
     LoadPiece(work, token, first_line, bits);
-#pragma unroll
-    for (int v = 0; v < kMaxGroups; ++v) SetEpoch(call, bits[v]);
-    uint32_t ranks = __reduce_or_sync(~0u, rank >= 0 ? 1u << rank : 0u);
-    if (call.receives) ranks &= ~(1u << call.rank);
     if (!ready && !(ready = AwaitReuse(call))) return false;
+    SetEpoch(call, bits);
     int peer = call.rank;
     for (int n = 0; n < call.num_ranks; ++n) {
       if (++peer == call.num_ranks) peer = 0;
@@ -187,6 +194,85 @@ __device__ inline bool SendRows(const DispatchWork& work, const ArenaCall& call)
           StoreLine(record + v * kGroupBytes + lane * 16, bits[v]);
       }
     }
+  }
+  return true;
+}
+
+// Rows travel as they are.
+struct AsTheyAre {
+  static constexpr bool kEncodes = false;
+};
+
+template <Wire kWire, class T>
+struct Encoded {
+  static constexpr bool kEncodes = true;
+
+  // All of a sender's steps of a row in global memory into shared memory.
+  __device__ static void EncodePart(const Encoding& encoding, int64_t token, char* values, char* scales) {
+    const int hidden = encoding.hidden, part = threadIdx.x / 32;
+    const char* const row = encoding.x + token * hidden * static_cast<int64_t>(sizeof(T));
+    LaneEncoder<kWire, T> lane(row, hidden, values, scales, threadIdx.x % 32, part);
+    int step = part;
+    for (; (step + 1) * kStepColumns <= hidden; step += kSenders) {
+      EncodeStep<true>(lane);
+      lane.Advance(kSenders);
+    }
+    if (step * kStepColumns < hidden) EncodeStep<false>(lane);
+  }
+};
+
+// Ends with the senders synchronised; true if it is true for any.
+__device__ __forceinline__ bool SyncSendersOr(bool value) {
+  int any;
+  asm volatile("{ .reg .pred p, q;\n  setp.ne.s32 p, %1, 0;\n  bar.red.or.pred q, 2, %2, p;\n  selp.s32 %0, 1, 0, q; }"
+               : "=r"(any)
+               : "r"(static_cast<int>(value)), "n"(32 * kSenders)
+               : "memory");
+  return any != 0;
+}
+
+// The same with rows that the senders of a block encode together, a token a block. Two of them in shared memory: while
+// a warp still sends the one, others encode the next; the barrier of the next is behind all that sent the one.
+template <class Rows>
+__device__ inline bool SendEncodedRows(const DispatchWork& work, const ArenaCall& call, char* encoded) {
+  const DispatchParams& p = work.params;
+  const int warp = threadIdx.x / 32, num_lines = work.lines.record;
+  const int64_t source_bytes = work.lines.SourceBytes(p.num_tokens), row_bytes = work.first_bytes();
+  bool ready = false;
+  for (int64_t token = blockIdx.x; token < p.num_tokens; token += gridDim.x) {
+    char* const scales = encoded + row_bytes;
+    Rows::EncodePart(work.low_latency.encoding, token, encoded, scales);
+    const uint32_t ranks = RanksOf(work, call, token);
+    ready = ready || AwaitReuse(call);
+    if (SyncSendersOr(!ready)) return false;
+    // Groups kSenders apart, kMaxGroups of them at once.
+    for (int first = warp; first * kGroupLines < num_lines; first += kSenders * kMaxGroups) {
+      uint4 bits[kMaxGroups];
+#pragma unroll
+      for (int v = 0; v < kMaxGroups; ++v) {
+        const int line = (first + v * kSenders) * kGroupLines + LineInGroup();
+        const int64_t offset = UnitOffset(num_lines, line);
+        bits[v] = uint4{};
+        if (line < num_lines) {
+          bits[v] = offset < row_bytes ? LoadUnit<true>(encoded, offset)
+                                       : LoadBehindRow(work, token, scales, offset - row_bytes);
+        }
+      }
+      SetEpoch(call, bits);
+      int peer = call.rank;
+      for (int n = 0; n < call.num_ranks; ++n) {
+        if (++peer == call.num_ranks) peer = 0;
+        if ((ranks >> peer & 1) == 0) continue;
+        char* const record = call.Lines(peer, call.rank, source_bytes) +
+                             (work.lines.table + token * num_lines) * kLineBytes + threadIdx.x % 8 * 16;
+#pragma unroll
+        for (int v = 0; v < kMaxGroups; ++v) {
+          const int line = (first + v * kSenders) * kGroupLines + LineInGroup();
+          if (line < num_lines) StoreLine(record + line * kLineBytes, bits[v]);
+        }
+      }
+    }
+    encoded += token / gridDim.x % 2 == 0 ? work.encoded_stride : -work.encoded_stride;
   }
   return true;
 }
@@ -232,7 +318,7 @@ __device__ inline bool ReceiveRows(const DispatchWork& work, const ArenaCall& ca
                 source_bytes = work.lines.SourceBytes(p.num_tokens);
   const int32_t* const all_here = work.has_table() ? places.here : p.recv_slot;
   uint4 bits[kMaxGroups];
-  if (call.sends) {
+  if (!work.own_lines) {
     for (int unit = index; unit < p.num_tokens * num_pieces; unit += stride) {
       const int64_t token = unit / num_pieces;
       const int first_line = unit % num_pieces * work.cut.lines();
@@ -244,7 +330,7 @@ __device__ inline bool ReceiveRows(const DispatchWork& work, const ArenaCall& ca
     }
   }
   WriteZeroRows(work, places, p.num_experts / call.num_ranks);
-  const int num_sources = call.sends ? call.num_ranks - 1 : call.num_ranks;
+  const int num_sources = work.own_lines ? call.num_ranks : call.num_ranks - 1;
   const int64_t num_units = static_cast<int64_t>(num_sources) * p.num_tokens * num_pieces;
   for (int64_t unit = index; unit < num_units; unit += stride) {
     const int first_line = static_cast<int>(unit % num_pieces) * work.cut.lines();
@@ -299,6 +385,7 @@ __device__ void ClearResults(const DispatchWork& work, const ArenaCall& call, in
   if (p.recv_topk_idx != nullptr) clear(p.recv_topk_idx, rows * p.num_topk * 4, -1);
 }
 
+template <class Rows>
 __global__ void __launch_bounds__(kLowLatencyThreads, 1)
     LowLatencyDispatchKernel(const __grid_constant__ DispatchWork work) {
   extern __shared__ __align__(16) int32_t shared[];
@@ -309,7 +396,11 @@ __global__ void __launch_bounds__(kLowLatencyThreads, 1)
   if (warp == kKeeper) {
     Keep(call);
   } else if (call.takes_part && warp < kSenders) {
-    failed = call.sends && work.lines.record > 0 && !SendRows(work, call);
+    if constexpr (Rows::kEncodes) {
+      failed = !SendEncodedRows<Rows>(work, call, reinterpret_cast<char*>(shared) + work.encoded_offset);
+    } else {
+      failed = call.sends && work.lines.record > 0 && !SendRows(work, call);
+    }
   } else if (call.takes_part) {
     failed = call.receives && !Receive(work, call, places);
   }
@@ -324,10 +415,25 @@ __global__ void __launch_bounds__(kLowLatencyThreads, 1)
   if (LeaveFailed(call, failed)) ClearResults(work, call, 0, 1);
 }
 
+using Kernel = void (*)(DispatchWork);
+
+template <class T>
+Kernel KernelFor(Wire wire) {
+  if (wire == Wire::kFp8) return LowLatencyDispatchKernel<Encoded<Wire::kFp8, T>>;
+  if (wire == Wire::kFp8Ue8m0) return LowLatencyDispatchKernel<Encoded<Wire::kFp8Ue8m0, T>>;
+  return LowLatencyDispatchKernel<Encoded<Wire::kMxfp8, T>>;
+}
+
+Kernel KernelFor(RowDtype dtype, Wire wire) {
+  if (dtype == RowDtype::kBfloat16) return KernelFor<__nv_bfloat16>(wire);
+  if (dtype == RowDtype::kFloat16) return KernelFor<__half>(wire);
+  return KernelFor<float>(wire);
+}
+
 int64_t RoundUp(int64_t value, int64_t to) { return DivideUp(value, to) * to; }
 
 // What a call moves; its shape need not fit.
-DispatchWork MakeWork(const DispatchParams& p, int num_ranks) {
+DispatchWork MakeWork(const DispatchParams& p, int num_ranks, bool encodes) {
   DispatchWork work{};
   work.params = p;
   work.gate_bytes = p.topk_weights != nullptr ? static_cast<int>(RoundUp(4ll * p.num_topk, 16)) : 0;
@@ -335,12 +441,16 @@ DispatchWork MakeWork(const DispatchParams& p, int num_ranks) {
   work.lines = CountLines(work.has_table() && num_ranks > 1, p.num_tokens, p.num_topk, record_bytes);
   if (work.lines.record > 0) work.cut = CutRecord(work.lines.record, p.num_tokens);
   work.zero_pieces = static_cast<int>(std::max<int64_t>(DivideUp(work.first_bytes(), kZeroPiece), 1));
+  work.encoded_offset = static_cast<int>(RoundUp(PlacesShared::Bytes(work, num_ranks), 16));
+  if (encodes) work.encoded_stride = static_cast<int>(RoundUp(work.first_bytes() + work.second_bytes(), 16));
   return work;
 }
 
+int64_t SharedBytes(const DispatchWork& work) { return work.encoded_offset + 2ll * work.encoded_stride; }
+
 }  // namespace
 
-int64_t LowLatencyDispatchBytes(const DispatchParams& p, int num_ranks) {
+int64_t LowLatencyDispatchBytes(const DispatchParams& p, int num_ranks, bool encodes) {
   const int64_t choices = static_cast<int64_t>(p.num_tokens) * p.num_topk * num_ranks;
   if (num_ranks > kMaxRanks || p.num_topk > kMaxTopk || p.num_experts + num_ranks > kMaxBins) return 0;
   if (p.max_recv_tokens <= 0 || p.num_tokens <= 0 || p.num_row_arrays > kMaxRowArrays) return 0;
@@ -349,31 +459,45 @@ int64_t LowLatencyDispatchBytes(const DispatchParams& p, int num_ranks) {
   for (int i = 0; i < p.num_row_arrays; ++i) {
     if (p.rows[i].row_bytes >= 1 << 26) return 0;
   }
-  const DispatchWork work = MakeWork(p, num_ranks);
+  const DispatchWork work = MakeWork(p, num_ranks, encodes);
   if (static_cast<int64_t>(p.num_tokens) * std::max(work.cut.pieces, 1) >= 1ll << 30) return 0;
-  if (PlacesShared::Bytes(work, num_ranks) > kMaxShared) return 0;
+  if ((work.has_table() && choices >= kMaxShared) || SharedBytes(work) > kMaxShared) return 0;
   return std::max<int64_t>(num_ranks * work.lines.SourceBytes(p.num_tokens), kLineBytes);
 }
 
 cudaError_t LoadLowLatencyDispatch() {
-  cudaFuncAttributes attributes;
-  if (cudaError_t error = cudaFuncGetAttributes(&attributes, LowLatencyDispatchKernel); error != cudaSuccess)
-    return error;
-  return cudaFuncSetAttribute(LowLatencyDispatchKernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kMaxShared);
+  const auto load = [](Kernel kernel) {
+    cudaFuncAttributes attributes;
+    const auto* function = reinterpret_cast<const void*>(kernel);
+    if (cudaError_t error = cudaFuncGetAttributes(&attributes, function); error != cudaSuccess) return error;
+    return cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, kMaxShared);
+  };
+  if (cudaError_t error = load(LowLatencyDispatchKernel<AsTheyAre>); error != cudaSuccess) return error;
+  for (RowDtype dtype : {RowDtype::kBfloat16, RowDtype::kFloat16, RowDtype::kFloat32}) {
+    for (Wire wire : {Wire::kFp8, Wire::kFp8Ue8m0, Wire::kMxfp8}) {
+      if (cudaError_t error = load(KernelFor(dtype, wire)); error != cudaSuccess) return error;
+    }
+  }
+  return cudaSuccess;
 }
 
 cudaError_t LaunchLowLatencyDispatch(const DispatchParams& params, const LowLatencyParams& low_latency,
                                      const LowLatencyConfig& config, cudaStream_t stream) {
   const int num_ranks = low_latency.arenas.num_ranks;
-  DispatchWork work = MakeWork(params, num_ranks);
+  const Encoding& encoding = low_latency.encoding;
+  const bool encodes = encoding.x != nullptr;
+  DispatchWork work = MakeWork(params, num_ranks, encodes);
   work.low_latency = low_latency;
-  const int64_t sent = static_cast<int64_t>(params.num_tokens) * work.cut.pieces;
+  work.own_lines = encodes || low_latency.half != Half::kBoth;
+  const int64_t sent = static_cast<int64_t>(params.num_tokens) * (encodes ? kReceivers : work.cut.pieces);
   const int64_t zero = work.lines.record == 0 ? 0 : static_cast<int64_t>(params.max_recv_tokens) * work.zero_pieces;
   const int64_t received = low_latency.half == Half::kStart ? 0 : std::max(num_ranks * sent, zero);
   const int64_t choices = work.has_table() ? int64_t{num_ranks} * params.num_tokens * params.num_topk : 0;
   const int64_t wanted = std::max(DivideUp(std::max(sent, received), kReceivers), DivideUp(choices, kReceiverThreads));
   const int num_blocks = static_cast<int>(std::max<int64_t>(1, std::min<int64_t>(wanted, config.num_sms)));
-  LowLatencyDispatchKernel<<<num_blocks, kLowLatencyThreads, PlacesShared::Bytes(work, num_ranks), stream>>>(work);
+  const Kernel kernel =
+      encodes ? KernelFor(encoding.dtype, static_cast<Wire>(encoding.wire)) : LowLatencyDispatchKernel<AsTheyAre>;
+  kernel<<<num_blocks, kLowLatencyThreads, SharedBytes(work), stream>>>(work);
   return cudaGetLastError();
 }
 

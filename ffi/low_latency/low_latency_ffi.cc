@@ -2,14 +2,16 @@
 // those of dispatch/dispatch_ffi.cc and combine/combine_ffi.cc, but for the halves, which leave what is in flight in
 // the windows: of the arrays [R, T, ...] between them only the first 16 bytes of the first one count.
 //
-//   jax_ep_low_latency_notify            topk_idx                          -> slot, recv_slot, counts, recv_topk_idx
-//   ("rank") jax_ep_low_latency_dispatch          rows..., weights?, topk_idx       -> rows..., weights?, and what
-//   notify gives jax_ep_low_latency_dispatch_cached   rows..., weights?, handle         -> rows..., weights?
-//   jax_ep_low_latency_dispatch_start    rows..., weights?, handle         -> in flight...
-//   jax_ep_low_latency_dispatch_done     in flight..., handle              -> rows..., weights?
-//   jax_ep_low_latency_combine           y?, weights?, carried?, handle    -> out?, carried_back?
-//   jax_ep_low_latency_combine_start     y?, weights?, carried?, handle    -> in flight...
-//   jax_ep_low_latency_combine_done      in flight..., handle              -> out?, carried_back?
+//   jax_ep_low_latency_...
+//     notify           topk_idx                         -> slot, recv_slot, counts, recv_topk_idx ("rank")
+//     dispatch         rows..., weights?, topk_idx      -> rows..., weights?, and what notify gives
+//                      `wire` (1 + a Wire of device/quantize.cuh) makes values and scales of one array of rows
+//     dispatch_cached  rows..., weights?, handle        -> rows..., weights?
+//     dispatch_start   rows..., weights?, handle        -> in flight...
+//     dispatch_done    in flight..., handle             -> rows..., weights?
+//     combine          y?, weights?, carried?, handle   -> out?, carried_back?
+//     combine_start    y?, weights?, carried?, handle   -> in flight...
+//     combine_done     in flight..., handle             -> out?, carried_back?
 //
 // A handle is slot, recv_slot and counts.
 #include <cstdint>
@@ -60,7 +62,7 @@ template <Operation operation, Half half>
 ffi::Error Dispatch(cudaStream_t stream, int32_t device, ffi::RunId run, ffi::Span<const int64_t> devices,
                     int64_t num_ranks, int64_t num_experts, int64_t layout, int64_t expert_alignment,
                     int64_t expert_capacity, int64_t max_recv_tokens, int64_t num_rows, int64_t has_weights,
-                    int64_t num_sms, ffi::RemainingArgs args, ffi::RemainingRets rets) {
+                    int64_t num_sms, int64_t wire, ffi::RemainingArgs args, ffi::RemainingRets rets) {
   constexpr bool kCached = operation == kDispatchCached;
   constexpr const char* kName = half == Half::kStart           ? "dispatch_start"
                                 : half == Half::kDone          ? "dispatch_done"
@@ -72,9 +74,13 @@ ffi::Error Dispatch(cudaStream_t stream, int32_t device, ffi::RunId run, ffi::Sp
   p.operation = operation;
   p.layout = static_cast<Layout>(layout);
   low_latency.half = half;
-  const size_t moved = num_rows + has_weights;
+  const bool encodes = wire != 0;
+  const size_t moved = num_rows + has_weights, come = moved + encodes;
   const size_t num_routed = kCached ? 0 : p.layout == Layout::kRank ? 4 : 3;
-  if (num_rows > kMaxRowArrays || args.size() != moved + (kCached ? 3 : 1) || rets.size() != moved + num_routed) {
+  if (encodes && (operation != kDispatch || num_rows != 1 || wire < 0 || wire > 3)) {
+    return InvalidArgument(kName, "unexpected wire format");
+  }
+  if (num_rows > kMaxRowArrays || args.size() != moved + (kCached ? 3 : 1) || rets.size() != come + num_routed) {
     return InvalidArgument(kName, "unexpected number of operands or results");
   }
   const auto choices = args.get<ffi::AnyBuffer>(moved)->dimensions();  // topk_idx or slot, [T, K]
@@ -84,9 +90,23 @@ ffi::Error Dispatch(cudaStream_t stream, int32_t device, ffi::RunId run, ffi::Sp
   p.max_recv_tokens = static_cast<int>(max_recv_tokens);
   p.expert_alignment = static_cast<int>(expert_alignment);
   p.expert_capacity = static_cast<int>(expert_capacity);
-  p.num_row_arrays = static_cast<int>(num_rows);
+  p.num_row_arrays = static_cast<int>(num_rows + encodes);
   if (p.num_tokens <= 0 || max_recv_tokens <= 0) return InvalidArgument(kName, "nothing to move");
-  for (int64_t i = 0; i < num_rows; ++i) {
+  for (int64_t i = 0; encodes && i < 2; ++i) {
+    const auto recv = rets.get<ffi::AnyBuffer>(i);
+    p.rows[i] = {nullptr, Data<char>(**recv), static_cast<int64_t>((*recv)->size_bytes()) / max_recv_tokens};
+  }
+  if (encodes) {
+    const auto x = args.get<ffi::AnyBuffer>(0);
+    low_latency.encoding = {Data<char>(*x), RowDtype::kBfloat16, static_cast<int>(wire - 1),
+                            static_cast<int>(p.rows[0].row_bytes)};
+    if (x->element_type() == ffi::F16) low_latency.encoding.dtype = RowDtype::kFloat16;
+    if (x->element_type() == ffi::F32) low_latency.encoding.dtype = RowDtype::kFloat32;
+    if (static_cast<int64_t>(x->element_count()) != p.rows[0].row_bytes * p.num_tokens) {
+      return InvalidArgument(kName, "a result must have rows of its operand's size");
+    }
+  }
+  for (int64_t i = 0; !encodes && i < num_rows; ++i) {
     const auto x = args.get<ffi::AnyBuffer>(i);
     const auto recv = rets.get<ffi::AnyBuffer>(i);
     const int64_t x_rows = half == Half::kDone ? num_ranks * p.num_tokens : p.num_tokens;
@@ -98,7 +118,7 @@ ffi::Error Dispatch(cudaStream_t stream, int32_t device, ffi::RunId run, ffi::Sp
   }
   if (has_weights != 0) {
     p.topk_weights = Data<float>(*args.get<ffi::AnyBuffer>(num_rows));
-    p.recv_weights = Data<float>(**rets.get<ffi::AnyBuffer>(num_rows));
+    p.recv_weights = Data<float>(**rets.get<ffi::AnyBuffer>(num_rows + encodes));
   }
   if (kCached) {
     p.slot = Data<int32_t>(*args.get<ffi::AnyBuffer>(moved));
@@ -106,10 +126,10 @@ ffi::Error Dispatch(cudaStream_t stream, int32_t device, ffi::RunId run, ffi::Sp
     p.counts = Data<int32_t>(*args.get<ffi::AnyBuffer>(moved + 2));
   } else {
     p.topk_idx = Data<int32_t>(*args.get<ffi::AnyBuffer>(moved));
-    p.slot = Data<int32_t>(**rets.get<ffi::AnyBuffer>(moved));
-    p.recv_slot = Data<int32_t>(**rets.get<ffi::AnyBuffer>(moved + 1));
-    p.counts = Data<int32_t>(**rets.get<ffi::AnyBuffer>(moved + 2));
-    if (num_routed == 4) p.recv_topk_idx = Data<int32_t>(**rets.get<ffi::AnyBuffer>(moved + 3));
+    p.slot = Data<int32_t>(**rets.get<ffi::AnyBuffer>(come));
+    p.recv_slot = Data<int32_t>(**rets.get<ffi::AnyBuffer>(come + 1));
+    p.counts = Data<int32_t>(**rets.get<ffi::AnyBuffer>(come + 2));
+    if (num_routed == 4) p.recv_topk_idx = Data<int32_t>(**rets.get<ffi::AnyBuffer>(come + 3));
   }
   if (half != Half::kBoth) {
     const auto in_flight = half == Half::kStart ? **rets.get<ffi::AnyBuffer>(0) : *args.get<ffi::AnyBuffer>(0);
@@ -117,7 +137,7 @@ ffi::Error Dispatch(cudaStream_t stream, int32_t device, ffi::RunId run, ffi::Sp
     low_latency.in_flight = Data<uint64_t>(in_flight);
   }
   Member member;
-  const int64_t window_bytes = LowLatencyDispatchBytes(p, static_cast<int>(num_ranks));
+  const int64_t window_bytes = LowLatencyDispatchBytes(p, static_cast<int>(num_ranks), encodes);
   if (ffi::Error error =
           FindArenas(kName, stream, device, run, devices, num_ranks, window_bytes, &member, &low_latency);
       error.failure())
@@ -211,6 +231,7 @@ auto DispatchBinding() {
       .Attr<int64_t>("num_rows")
       .Attr<int64_t>("has_weights")
       .Attr<int64_t>("num_sms")
+      .Attr<int64_t>("wire")
       .RemainingArgs()
       .RemainingRets();
 }

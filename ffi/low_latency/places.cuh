@@ -16,6 +16,8 @@ struct DispatchWork {
   Cut cut;
   int gate_bytes;   // of a record: behind the first row, a multiple of 16; the second row comes last
   int zero_pieces;  // that a zero row is cut into
+  bool own_lines;   // own rows go through the own window: they are not at hand, or not as they will be
+  int encoded_offset, encoded_stride;  // of the two rows that the senders encode, in shared memory
 
   __host__ __device__ bool has_table() const { return params.operation != kDispatchCached; }
   __host__ __device__ int64_t first_bytes() const { return params.num_row_arrays > 0 ? params.rows[0].row_bytes : 0; }
@@ -93,12 +95,12 @@ __device__ inline bool SendTable(const DispatchWork& work, const ArenaCall& call
       const int high = in_line && begin + 2 * j + 1 < num_choices ? LoadExpert(p, begin + 2 * j + 1) : -1;
       words[j] = static_cast<uint32_t>(high) << 16 | (static_cast<uint32_t>(low) & 0xffff);
     }
-    uint4 bits = make_uint4(words[0], words[1], words[2], words[3]);
+    uint4 bits[1] = {make_uint4(words[0], words[1], words[2], words[3])};
     SetEpoch(call, bits);
     if (!ready && !(ready = AwaitReuse(call))) return false;
     const int peer = (call.rank + 1 + i % num_peers) % call.num_ranks;
     char* const table = call.Lines(peer, call.rank, work.lines.SourceBytes(p.num_tokens));
-    if (line < work.lines.table) StoreLine(table + line * kLineBytes + threadIdx.x % 8 * 16, bits);
+    if (line < work.lines.table) StoreLine(table + line * kLineBytes + threadIdx.x % 8 * 16, bits[0]);
   }
   return true;
 }

@@ -73,10 +73,12 @@ def _wants_low_latency(routing: Routing) -> bool:
 
 
 # Each of these two says for shapes that fit how many bytes of a low-latency window a call needs, 0 if it is none. Both
-# halves of a call must be told the same: `rows` with `num_lead` leading axes stand for either's.
+# halves of a call must be told the same.
 
 
-def _dispatch_window(rows: Any, routing: Routing, has_weights: bool, is_routed: bool, num_lead: int = 1) -> int:
+def _dispatch_window(
+    row_bytes: list[int], routing: Routing, has_weights: bool, is_routed: bool, encodes: bool = False
+) -> int:
     if not _wants_low_latency(routing):
         return 0
     return targets.low_latency_dispatch_bytes(
@@ -86,9 +88,10 @@ def _dispatch_window(rows: Any, routing: Routing, has_weights: bool, is_routed: 
         num_tokens=routing.num_tokens,
         num_topk=routing.num_topk,
         max_recv_tokens=routing.max_recv_tokens,
-        row_bytes=[_row_bytes(row, num_lead) for row in rows],
+        row_bytes=row_bytes,
         has_weights=has_weights,
         is_routed=is_routed,
+        encodes=encodes,
     )
 
 
@@ -121,7 +124,14 @@ def _groups(ctx: Any, routing: Routing) -> group.Groups | None:
 
 
 def _call_dispatch(
-    target: str, ctx: Any, operands: Any, routing: Routing, devices: Any, num_rows: int, has_weights: bool
+    target: str,
+    ctx: Any,
+    operands: Any,
+    routing: Routing,
+    devices: Any,
+    num_rows: int,
+    has_weights: bool,
+    wire: str | None = None,
 ) -> Any:
     attributes = _int64(
         num_ranks=routing.num_ranks,
@@ -134,6 +144,8 @@ def _call_dispatch(
         has_weights=has_weights,
         num_sms=routing.num_sms or 0,
     )
+    if target in targets.LOW_LATENCY_DISPATCHES:
+        attributes |= _int64(wire=0 if wire is None else 1 + list(quantized.FORMATS).index(wire))
     rule = jax.ffi.ffi_lowering(target)
     return _launched_once(rule(ctx, *operands, devices=np.array(devices, np.int64).reshape(-1), **attributes))
 
@@ -162,7 +174,11 @@ def _with_arenas(devices: group.Groups, window_bytes: int, low_latency: str, oth
 
 
 def _dispatch(ctx: Any, *operands: Any, routing: Routing, num_rows: int, has_weights: bool, wire: str | None) -> Any:
-    if wire is not None:  # encoded by XLA, then sent as values and scales
+    if wire is not None:
+        encoded = _dispatch_encoded(ctx, operands, routing, num_rows, has_weights, wire)
+        if encoded is not None:
+            return encoded
+        # encoded by XLA, then sent as values and scales
         return _reference(_encode_and_dispatch)(
             ctx, *operands, routing=routing, num_rows=num_rows, has_weights=has_weights, wire=wire
         )
@@ -171,9 +187,26 @@ def _dispatch(ctx: Any, *operands: Any, routing: Routing, num_rows: int, has_wei
     if devices is None:
         static = {"routing": routing, "num_rows": num_rows, "has_weights": has_weights, "wire": wire}
         return _reference(reference.dispatch)(ctx, *operands, **static)
-    window = _dispatch_window(rows, routing, has_weights, False)
+    window = _dispatch_window([_row_bytes(row) for row in rows], routing, has_weights, False)
     target = _with_arenas(devices, window, targets.LOW_LATENCY_DISPATCH, targets.DISPATCH)
     return _call_dispatch(target, ctx, operands, routing, devices, num_rows, has_weights)
+
+
+def _dispatch_encoded(
+    ctx: Any, operands: Any, routing: Routing, num_rows: int, has_weights: bool, wire: str
+) -> Any | None:
+    """A dispatch whose kernel encodes the rows, or None where none does."""
+    encoded = [_row_bytes(row) for row in ctx.avals_out[:2]]
+    if not _dispatch_fits(ctx.avals_in[:num_rows], routing) or not _dispatch_fits(ctx.avals_out[:2], routing):
+        return None
+    window = _dispatch_window(encoded, routing, has_weights, False, encodes=True)
+    devices = _groups(ctx, routing) if window > 0 else None
+    if devices is None:
+        return None
+    group.make_arenas(devices, window)
+    return _call_dispatch(
+        targets.LOW_LATENCY_DISPATCH, ctx, operands, routing, devices, num_rows, has_weights, wire=wire
+    )
 
 
 def _encode_and_dispatch(*operands: jax.Array, routing: Routing, num_rows: int, has_weights: bool, wire: str) -> Any:
@@ -190,7 +223,7 @@ def _dispatch_cached(ctx: Any, *operands: Any, routing: Routing, num_rows: int, 
     if devices is None:
         static = {"routing": routing, "num_rows": num_rows, "has_weights": has_weights}
         return _reference(reference.dispatch_cached)(ctx, *operands, **static)
-    window = _dispatch_window(rows, routing, has_weights, True)
+    window = _dispatch_window([_row_bytes(row) for row in rows], routing, has_weights, True)
     target = _with_arenas(devices, window, targets.LOW_LATENCY_DISPATCH_CACHED, targets.DISPATCH_CACHED)
     return _call_dispatch(target, ctx, operands, routing, devices, num_rows, has_weights)
 
@@ -207,7 +240,7 @@ def _dispatch_half(meaning: Rule, target: str, num_lead: int) -> Rule:
         payload, rows = ctx.avals_in[: num_rows + has_weights], ctx.avals_in[:num_rows]
         window = 0
         if _dispatch_fits(rows, routing, num_lead) and _holds_in_flight(routing, _row_bytes(payload[0], num_lead)):
-            window = _dispatch_window(rows, routing, has_weights, True, num_lead)
+            window = _dispatch_window([_row_bytes(row, num_lead) for row in rows], routing, has_weights, True)
         devices = _groups(ctx, routing) if window > 0 else None
         if devices is None or not group.make_arenas(devices, window):
             static = {"routing": routing, "num_rows": num_rows, "has_weights": has_weights}

@@ -11,12 +11,45 @@
 #include <algorithm>
 #include <functional>
 
+#include "device/quantize.cuh"
 #include "low_latency/low_latency.h"
 #include "ranks.h"
 
 using namespace jax_ep;
 
 namespace {
+
+// A row of x in a wire format, by quantize.cuh's lanes one after another; tests/test_formats.py holds those to the
+// reference.
+template <Wire kWire, class T>
+void EncodeOnHost(const char* row, int hidden, char* values, char* scales) {
+  constexpr int kLanesAGroup = GroupColumns(kWire) / kLaneColumns;
+  for (int step = 0; step * kStepColumns < hidden; ++step) {
+    for (int first = 0; first < 32; first += kLanesAGroup) {
+      std::vector<LaneEncoder<kWire, T>> lanes;
+      uint32_t amax = 0;
+      for (int lane = first; lane < first + kLanesAGroup; ++lane) {
+        lanes.emplace_back(row, hidden, values, scales, lane, step);
+        lanes.back().template Load<false>();
+        amax = Greater(amax, lanes.back().Amax());
+      }
+      for (auto& lane : lanes) lane.template Store<false>(amax);
+    }
+  }
+}
+
+template <Wire kWire>
+void EncodeOnHost(RowDtype dtype, const char* row, int hidden, char* values, char* scales) {
+  if (dtype == RowDtype::kBfloat16) return EncodeOnHost<kWire, __nv_bfloat16>(row, hidden, values, scales);
+  if (dtype == RowDtype::kFloat16) return EncodeOnHost<kWire, __half>(row, hidden, values, scales);
+  EncodeOnHost<kWire, float>(row, hidden, values, scales);
+}
+
+void EncodeOnHost(Wire wire, RowDtype dtype, const char* row, int hidden, char* values, char* scales) {
+  if (wire == Wire::kFp8) return EncodeOnHost<Wire::kFp8>(dtype, row, hidden, values, scales);
+  if (wire == Wire::kFp8Ue8m0) return EncodeOnHost<Wire::kFp8Ue8m0>(dtype, row, hidden, values, scales);
+  EncodeOnHost<Wire::kMxfp8>(dtype, row, hidden, values, scales);
+}
 
 // One case: its operands, expected results, and calls of every kind on all ranks.
 class Exchange {
@@ -73,6 +106,50 @@ class Exchange {
     b.weights = weighted && half != Half::kDone ? gates_device_[r] : nullptr;
     b.scratch = nullptr;
     return LaunchLowLatencyCombine(b, {ranks_.group.arenas(r, combine_bytes_), half, in_flight_[r]}, config_, stream);
+  }
+  // Encoded rows have results of their own.
+  bool MakeEncoded(Wire wire) {
+    wire_ = wire;
+    scale_bytes_ = int64_t{NumGroups(wire, static_cast<int>(c_.hidden))} * ScaleBytes(wire);
+    encoded_.assign(R, {});
+    for (int r = 0; r < R; ++r) {
+      encoded_[r] = {memory_[r]->Make<char>(c_.capacity * c_.hidden, 0xab),
+                     memory_[r]->Make<char>(c_.capacity * scale_bytes_, 0xab)};
+    }
+    const int64_t bytes = LowLatencyDispatchBytes(OfEncoded(0), R, true);
+    if (bytes > 0) ranks_.group.MakeArenas(bytes);
+    Settle();
+    return bytes > 0;
+  }
+  cudaError_t DispatchEncoded(int r, cudaStream_t stream) {
+    const DispatchParams d = OfEncoded(r);
+    const ArenaView arenas = ranks_.group.arenas(r, LowLatencyDispatchBytes(d, R, true));
+    const Encoding encoding{arrays_[r].dispatch.rows[0].x, c_.dtype, static_cast<int>(wire_),
+                            static_cast<int>(c_.hidden)};
+    return LaunchLowLatencyDispatch(d, {arenas, Half::kBoth, nullptr, encoding}, config_, stream);
+  }
+  bool EncodedAreRight(const char* what) {
+    std::vector<std::vector<char>> values(R), scales(R);
+    for (int r = 0; r < R; ++r) {
+      values[r].resize(c_.num_tokens * c_.hidden);
+      scales[r].resize(c_.num_tokens * scale_bytes_);
+      for (int64_t t = 0; t < c_.num_tokens; ++t) {
+        EncodeOnHost(wire_, c_.dtype, &x_[r][t * c_.row_bytes()], static_cast<int>(c_.hidden),
+                     &values[r][t * c_.hidden], &scales[r][t * scale_bytes_]);
+      }
+    }
+    bool ok = true;
+    for (int r = 0; r < R; ++r) {
+      CHECK_CUDA(cudaSetDevice(ranks_.device[r]));
+      ok &= Same((std::string(what) + ": values").c_str(), r, encoded_[r][0],
+                 ReceivedRows(c_, routing_, r, c_.hidden, values), c_.hidden);
+      ok &= Same((std::string(what) + ": scales").c_str(), r, encoded_[r][1],
+                 ReceivedRows(c_, routing_, r, scale_bytes_, scales), scale_bytes_);
+      if (c_.weights)
+        ok &= Same((std::string(what) + ": weights").c_str(), r, arrays_[r].dispatch.recv_weights,
+                   ReceivedWeights(c_, routing_, r, weights_));
+    }
+    return ok;
   }
   cudaError_t HighThroughput(int r, cudaStream_t stream) {
     DispatchConfig config;
@@ -202,6 +279,13 @@ class Exchange {
   }
 
  private:
+  DispatchParams OfEncoded(int r) const {
+    DispatchParams d = arrays_[r].dispatch;
+    d.num_row_arrays = 2;
+    d.rows[0] = {nullptr, encoded_[r][0], c_.hidden};
+    d.rows[1] = {nullptr, encoded_[r][1], scale_bytes_};
+    return d;
+  }
   DispatchParams Of(int r, Operation operation) const {
     DispatchParams d = arrays_[r].dispatch;
     d.operation = operation;
@@ -218,6 +302,9 @@ class Exchange {
   std::vector<std::unique_ptr<Memory>> memory_;
   std::vector<Arrays> arrays_;
   std::vector<const float*> gates_device_;
+  Wire wire_ = Wire::kFp8;
+  int64_t scale_bytes_ = 0;
+  std::vector<std::vector<char*>> encoded_;
   int64_t dispatch_bytes_ = 0, combine_bytes_ = 0;
   LowLatencyConfig config_{8};
 };
@@ -249,6 +336,14 @@ bool CheckCase(Case c) {
     calls.Poison(false);
     calls.OnAll([&](int r, cudaStream_t s) { return calls.Combine(r, s, weighted); });
     ok &= calls.Wait() && calls.SumsAreRight(weighted ? "combine weighted" : "combine", weighted);
+  }
+  for (Wire wire : {Wire::kFp8, Wire::kFp8Ue8m0, Wire::kMxfp8}) {
+    if (c.hidden % 16 != 0 || !calls.MakeEncoded(wire)) continue;
+    for (int repeat = 0; repeat < 2; ++repeat) {
+      calls.Poison(true);
+      calls.OnAll([&](int r, cudaStream_t s) { return calls.DispatchEncoded(r, s); });
+      ok &= calls.Wait() && calls.RoutingIsRight("encoded") && calls.EncodedAreRight("encoded");
+    }
   }
 
   // Two of each kind in flight, ended in both orders, with whole calls between.
@@ -486,16 +581,17 @@ int Measure() {
   std::printf("%-20s %4s %4s | %9s %9s %9s %9s %9s | %7s\n", "case", "T", "sms", "dispatch", "cached", "notify",
               "combine", "weighted", "floor");
   for (int tokens : {128, 64, 32, 16, 8, 4, 2, 1}) {
-    for (const char* name : {"expert x1.25", "rank", "fp8-sized x1.25"}) {
+    for (const char* name : {"expert x1.25", "rank", "fp8 x1.25"}) {
       Case c{name, g_num_devices, tokens, 8, 256, Layout::kExpert, 1, 0, tokens * 10, bf16, 7168};
       if (std::string(name) == "rank") c.layout = Layout::kRank, c.capacity = 0;
-      if (name[0] == 'f') c.hidden = 3584, c.second_bytes = 224;
+      const bool encodes = name[0] == 'f';
       c.invalid = 0;
       Finish(c);
       Exchange calls(c);
       // The routing stands before combine is timed.
       calls.OnAll([&](int r, cudaStream_t s) { return calls.Dispatch(r, s, kDispatch); });
       if (!calls.Wait() || !calls.RowsAreRight(name)) return 1;
+      if (encodes && !calls.MakeEncoded(Wire::kFp8)) return 1;
       for (int sms : {8, 16, 24, 32, 48, 64, 96, 132}) {
         calls.set_num_sms(sms);
         const auto dispatch = [&](Operation operation) {
@@ -504,10 +600,13 @@ int Measure() {
         const auto combine = [&](bool weighted) {
           return Time(calls.ranks(), [&](int r, cudaStream_t s) { return calls.Combine(r, s, weighted); });
         };
-        const bool sums = name[0] != 'f';
-        const double floor = calls.MostRowsSent() * double(c.row_bytes() + c.second_bytes) / 350e3;
-        std::printf("%-20s %4d %4d | %9.1f %9.1f %9.1f %9.1f %9.1f | %7.1f\n", name, tokens, sms, dispatch(kDispatch),
-                    dispatch(kDispatchCached), dispatch(kNotify), sums ? combine(false) : 0,
+        const bool sums = !encodes;
+        const double floor = calls.MostRowsSent() * double(encodes ? 7168 + 224 : c.row_bytes()) / 350e3;
+        const double first =
+            encodes ? Time(calls.ranks(), [&](int r, cudaStream_t s) { return calls.DispatchEncoded(r, s); })
+                    : dispatch(kDispatch);
+        std::printf("%-20s %4d %4d | %9.1f %9.1f %9.1f %9.1f %9.1f | %7.1f\n", name, tokens, sms, first,
+                    sums ? dispatch(kDispatchCached) : 0, sums ? dispatch(kNotify) : 0, sums ? combine(false) : 0,
                     sums && c.layout != Layout::kRank ? combine(true) : 0, floor);
         std::fflush(stdout);
       }
