@@ -16,6 +16,17 @@ class Gpu(NamedTuple):
     process_index: int
     platform: str = "gpu"
 
+    @property
+    def id(self) -> int:
+        return self.local_hardware_id
+
+    @property
+    def client(self) -> "Gpu":
+        return self
+
+    def local_devices(self) -> list["Gpu"]:
+        return [self]
+
 
 @pytest.fixture
 def told(monkeypatch):
@@ -62,12 +73,13 @@ def test_groups_are_made_once_whatever_the_timeout(told, monkeypatch):
     made = []
     monkeypatch.setattr(targets, "have_peer_access", lambda devices: True)
     monkeypatch.setattr(targets, "make_group", made.append)
+    monkeypatch.setattr(targets, "set_ordinals", lambda ordinals: None)
     groups = tuple(tuple(Gpu(i, jax.process_index()) for i in ordinals) for ordinals in ((0, 1), (2, 3)))
     group._of_devices.cache_clear()
     try:
         for seconds in (1.0, 2.0):
             jax_ep.config.timeout = seconds
-            assert group._of_devices(groups) == ((0, 1), (2, 3))
+            assert group._of_devices(groups, None) == ((0, 1), (2, 3))
     finally:
         group._of_devices.cache_clear()
     assert made == [[0, 1], [2, 3]] and told == [1.0, 2.0]

@@ -4,8 +4,8 @@
 //   all but last  worker      peers' progress (sums only)    shared.next, its place in the block's list of items
 //   last          publisher   shared.next of all workers     progress in every rank's window; then leaves
 //
-// Block b has the tokens b, b + B, ... of every rank, one a step. A step is a list of items, a piece of a row each:
-// first the sums to push to the peers, then the sums of this rank's own token of kLag steps before, for which the peers
+// Block b has the tokens b, b + B, ... of every rank, one a step. A step is a list of items, a row or a part of it each:
+// first the sums to push to the peers, then the sum of this rank's own token of `lag` steps before, for which the peers
 // have pushed meanwhile.
 #include <algorithm>
 
@@ -17,31 +17,33 @@
 namespace jax_ep {
 namespace {
 
-// Pulling has more loads in flight a thread, over the link; reducing more warps, so that some add while others load.
-template <bool kReduce>
-constexpr int kNumWarps = kReduce ? 20 : 16;
-constexpr int kMaxWorkers = kNumWarps<true> - 1;
-constexpr int kPieceBytes = 4096;  // of a row, an item, at most
-constexpr int kLag = 3;
+constexpr int kWorkers = 15, kThreads = 32 * (kWorkers + 1), kLag = 2;
+constexpr int kVectors = 8;  // of 16 bytes, that a thread asks for at once; twice as many are under way
 
 enum Address { kY, kScratch, kCarried };
 
 struct CombineShared {
   uint64_t address[kMaxRanks][kNumAddresses];
-  uint32_t next[kMaxWorkers];
+  uint32_t next[kWorkers];
 };
 
+// The list of items of a block: num_steps + lag steps of items_per_step items.
 struct Steps {
-  int num_steps, num_pieces, piece_bytes, lag, items_per_step, num_pushes;
+  int num_steps, num_groups, items_per_step, num_pushes, lag;
+  int64_t group_bytes;
 
   __device__ Steps(const CombineParams& p, int num_ranks) {
+    constexpr int kLeast = 2048;
     const int num_blocks = gridDim.x, block = blockIdx.x;
     num_steps = (p.num_tokens - block + num_blocks - 1) / num_blocks;
-    num_pieces = max(static_cast<int>((p.row_bytes + kPieceBytes - 1) / kPieceBytes), 1);
-    piece_bytes = static_cast<int>((p.row_bytes + num_pieces - 1) / num_pieces + 511) / 512 * 512;
-    num_pushes = p.one_row_a_rank || num_ranks == 1 ? 0 : num_ranks * num_pieces;
-    lag = num_pushes > 0 ? kLag : 0;
-    items_per_step = num_pushes + num_pieces;
+    // Whole rows, unless there are too few of them to keep the workers busy.
+    const int64_t most = max((p.row_bytes + kLeast - 1) / kLeast, int64_t{1}), num_rows = max(num_steps, 1) * num_ranks;
+    num_groups = static_cast<int>(min((4 * kWorkers + num_rows - 1) / num_rows, most));
+    group_bytes = ((p.row_bytes + num_groups - 1) / num_groups + 511) / 512 * 512;
+    num_pushes = p.one_row_a_rank || num_ranks == 1 ? 0 : num_ranks * num_groups;
+    items_per_step = num_pushes + num_groups;
+    // A few times what the workers are busy with: ranks do not run in step, and a worker that waits pushes nothing.
+    lag = num_pushes > 0 ? kLag * kWorkers / items_per_step + 4 : 0;
   }
   __device__ uint32_t num_items() const {
     return num_steps > 0 ? static_cast<uint32_t>(num_steps + lag) * items_per_step : 0;
@@ -72,44 +74,56 @@ __device__ __forceinline__ void StoreSum(const float (&sum)[Vector<T>::kSize], c
   *reinterpret_cast<int4*>(target) = bits;
 }
 
-// The sum of kRows rows (or one less, if kMayLack) from byte `begin`, into `target`, where the whole row begins. A
-// thread has kRows * V loads in flight before it adds. Beyond the end it reads the last vector again, and stores
-// nothing.
-template <class T, bool kWeighted, int kRows, int V, bool kMayLack = false>
+// The sum of kRows rows (or one less, if kMayLack) from byte `begin`, into `target`, where the whole row begins. While
+// one batch of kRows * V vectors is added the next is on its way. Four vectors are better than eight for one or two
+// rows, whose sums come in quick succession.
+template <class T, bool kWeighted, int kRows, bool kMayLack = false>
 __device__ __forceinline__ void SumFewRows(const Rows& rows, int64_t begin, char* target, bool is_total) {
-  const int first = threadIdx.x % 32 * 16, size = static_cast<int>(rows.end - begin), last = size - 16 - first;
+  constexpr int V = kRows <= 2 ? 4 / kRows : kVectors / kRows, kBatch = V * 512;
+  const int first = threadIdx.x % 32 * 16, size = static_cast<int>(rows.end - begin);
   const bool lacks = kMayLack && __popc(rows.holders) < kRows;
   const char* row[kRows];
+  float weight[kRows];
   uint32_t rest = rows.holders;
 #pragma unroll
-  for (int i = 0; i < kRows; ++i, rest &= rest - 1) row[i] = PointerOf(rows, __ffs(rest) - 1) + begin + first;
+  for (int i = 0; i < kRows; ++i, rest &= rest - 1) {
+    const int holder = __ffs(rest) - 1;
+    row[i] = PointerOf(rows, holder) + begin + first;
+    weight[i] = kWeighted ? __shfl_sync(~0u, rows.weight, holder) : 1.f;
+    if (kMayLack && i == kRows - 1 && lacks) weight[i] = 0.f;
+  }
   target += begin + first;
-  const auto load = [&](int4(&bits)[kRows][V], int base) {
+  int left = size - first;  // bytes from this thread's next vector to the end
+  int4 even[kRows][V], odd[kRows][V];
+  const auto load = [&](int4(&bits)[kRows][V], int left) {
 #pragma unroll
-    for (int v = 0; v < V; ++v) {
+    for (int i = 0; i < kRows; ++i) {
 #pragma unroll
-      for (int i = 0; i < kRows; ++i) {
+      for (int v = 0; v < V; ++v) {
         bits[i][v] = int4{};
-        if (!(kMayLack && i == kRows - 1 && lacks)) bits[i][v] = LoadRow(row[i] + min(base + v * 512, last));
+        if (v * 512 < left && !(kMayLack && i == kRows - 1 && lacks)) bits[i][v] = LoadRow(row[i] + v * 512);
       }
+      row[i] += kBatch;
     }
   };
-  for (int base = 0; base < size; base += V * 512) {
-    int4 bits[kRows][V];
-    load(bits, base);
-    float weight[kRows];  // asked for after the loads: they need not wait for it
-    rest = rows.holders;
-#pragma unroll
-    for (int i = 0; i < kRows; ++i, rest &= rest - 1) {
-      weight[i] = kWeighted ? __shfl_sync(~0u, rows.weight, __ffs(rest) - 1) : 1.f;
-    }
+  const auto add = [&](const int4(&bits)[kRows][V]) {
 #pragma unroll
     for (int v = 0; v < V; ++v) {
       float sum[Vector<T>::kSize] = {};
 #pragma unroll
       for (int i = 0; i < kRows; ++i) Accumulate<T, kWeighted>(sum, bits[i][v], weight[i]);
-      if (base + v * 512 <= last) StoreSum<T>(sum, target + base + v * 512, is_total);
+      if (v * 512 < left) StoreSum<T>(sum, target + v * 512, is_total);
     }
+    target += kBatch;
+    left -= kBatch;
+  };
+  load(even, left);
+#pragma unroll 1
+  for (int base = 0; base < size; base += 2 * kBatch) {
+    load(odd, left - kBatch);
+    add(even);
+    load(even, left - kBatch);
+    add(odd);
   }
 }
 
@@ -148,45 +162,46 @@ __device__ __forceinline__ void SumManyRows(const Rows& rows, int64_t begin, cha
   }
 }
 
-template <class T, bool kWeighted, bool kReduce>
+template <class T, bool kWeighted>
 __device__ __forceinline__ void SumRows(const Rows& rows, int64_t begin, char* target, bool is_total) {
-  constexpr int kWide = kReduce ? 4 : 8, kNarrow = kReduce ? 2 : 4;
   const int count = __popc(rows.holders);
   switch (count) {
     case 0:
       return;
     case 1:
-      return SumFewRows<T, kWeighted, 1, kWide>(rows, begin, target, is_total);
+      return SumFewRows<T, kWeighted, 1>(rows, begin, target, is_total);
     case 2:
-      return SumFewRows<T, kWeighted, 2, kWide>(rows, begin, target, is_total);
+      return SumFewRows<T, kWeighted, 2>(rows, begin, target, is_total);
     case 3:
-      return SumFewRows<T, kWeighted, 3, kNarrow>(rows, begin, target, is_total);
     case 4:
-      return SumFewRows<T, kWeighted, 4, kNarrow>(rows, begin, target, is_total);
+      return SumFewRows<T, kWeighted, 4, true>(rows, begin, target, is_total);
+    case 5:
+    case 6:
+      return SumFewRows<T, kWeighted, 6, true>(rows, begin, target, is_total);
+    case 7:
+    case 8:
+      return SumFewRows<T, kWeighted, 8, true>(rows, begin, target, is_total);
     default:
-      if (kReduce && !kWeighted && count <= 6)
-        return SumFewRows<T, kWeighted, 6, 1, true>(rows, begin, target, is_total);
-      if (kReduce && !kWeighted && count <= 8)
-        return SumFewRows<T, kWeighted, 8, 1, true>(rows, begin, target, is_total);
       return SumManyRows<T, kWeighted>(rows, begin, target, is_total);
   }
 }
 
 // A token without rows sums to zero.
-template <class T, bool kWeighted, bool kReduce>
+template <class T, bool kWeighted>
 __device__ __forceinline__ void SumOrClear(const Rows& rows, int64_t begin, char* target, bool is_total) {
-  if (rows.holders != 0) return SumRows<T, kWeighted, kReduce>(rows, begin, target, is_total);
+  if (rows.holders != 0) return SumRows<T, kWeighted>(rows, begin, target, is_total);
   for (int64_t offset = begin + threadIdx.x % 32 * 16; offset < rows.end; offset += 512) {
     *reinterpret_cast<int4*>(target + offset) = int4{};
   }
 }
 
-// What an item is, and this lane's choice of its token: recv_slot of a source's token to push, or slot of an own token
-// to sum.
+// What an item is, and this lane's choice of its token (recv_slot of a source's token to push, slot of an own token to
+// sum) and the weight of the row that it names.
 struct Item {
   bool push;
-  int step, piece, source, choice;
+  int step, group, source, choice;
   int64_t token;  // -1: nothing to do
+  float weight;
 };
 
 __device__ __forceinline__ Item LoadItem(const CombineParams& p, const Call& call, const Steps& steps, uint32_t index) {
@@ -196,55 +211,72 @@ __device__ __forceinline__ Item LoadItem(const CombineParams& p, const Call& cal
   item.step = item.push ? step : step - steps.lag;
   item.token = -1;
   item.choice = -1;
+  item.weight = 1.f;
   if (item.step < 0 || item.step >= steps.num_steps || index >= steps.num_items()) return item;
   item.token = static_cast<int64_t>(item.step) * gridDim.x + blockIdx.x;
   item.source = (call.rank + 1 + part % call.num_ranks) % call.num_ranks;
-  item.piece = item.push ? part / call.num_ranks : part - steps.num_pushes;
+  item.group = item.push ? part / call.num_ranks : part - steps.num_pushes;
   const int32_t* choices =
       item.push ? p.recv_slot + static_cast<int64_t>(item.source) * p.num_tokens * p.num_topk : p.slot;
   if (lane < p.num_topk) item.choice = choices[item.token * p.num_topk + lane];
   return item;
 }
 
-template <class T, bool kWeighted>
-__device__ __forceinline__ Rows OwnRows(const CombineParams& p, int row, int64_t end) {
-  Rows rows;
-  rows.holders = __ballot_sync(~0u, row >= 0);
-  rows.pointer = p.y + row * p.row_bytes;
-  rows.weight = kWeighted && row >= 0 ? p.weights[row] : 1.f;
-  rows.end = end;
-  return rows;
+// The row here that this lane's choice names, or -1.
+__device__ __forceinline__ int OwnRow(const CombineParams& p, const Call& call, const Item& item) {
+  if (item.push) return item.choice;
+  const int row = item.choice - call.rank * p.max_recv_tokens;
+  return item.choice >= 0 && row >= 0 && row < p.max_recv_tokens ? row : -1;
 }
 
-template <class T, bool kWeighted, bool kReduce>
+// A load of its own, asked for when the choice is there: one item ahead of its use, as choices are two.
+template <bool kWeighted>
+__device__ __forceinline__ void LoadWeight(const CombineParams& p, const Call& call, Item& item) {
+  const int row = kWeighted ? OwnRow(p, call, item) : -1;
+  item.weight = row >= 0 ? p.weights[row] : 1.f;
+}
+
+__device__ __forceinline__ Rows OwnRows(const CombineParams& p, int row, float weight, int64_t end) {
+  return {__ballot_sync(~0u, row >= 0), p.y + row * p.row_bytes, weight, end};
+}
+
+template <class T, bool kWeighted>
 __device__ void Work(const CombineParams& p, const Call& call, const Steps& steps, CombineShared& shared) {
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, capacity = p.max_recv_tokens;
-  constexpr int kWorkers = kNumWarps<kReduce> - 1;
   const uint32_t num_items = steps.num_items();
   uint32_t seen = 0;  // steps that rank `lane` has pushed to here
   bool came = true;
-  Item next = LoadItem(p, call, steps, warp);
+  Item next = LoadItem(p, call, steps, warp), later = LoadItem(p, call, steps, warp + kWorkers);
+  LoadWeight<kWeighted>(p, call, next);
   for (uint32_t index = warp; index < num_items; index += kWorkers) {
     const Item item = next;
-    next = LoadItem(p, call, steps, index + kWorkers);
-    const int64_t begin = static_cast<int64_t>(item.piece) * steps.piece_bytes,
-                  end = min(begin + steps.piece_bytes, p.row_bytes);
+    next = later;
+    LoadWeight<kWeighted>(p, call, next);
+    later = LoadItem(p, call, steps, index + 2 * kWorkers);
+    const int64_t begin = item.group * steps.group_bytes, end = min(begin + steps.group_bytes, p.row_bytes);
+    Rows rows{0, nullptr, 1.f, end};
+    char* target = nullptr;
+    bool is_total = false;
+    const int slot = item.choice, owner = slot >= 0 && !item.push ? slot / capacity : -1, row = slot - owner * capacity;
     if (item.token >= 0 && item.push) {
       // This rank's own sum waits in the result itself, the peers' in the scratch of the token's rank.
       const int place = call.rank < item.source ? call.rank : call.rank - 1;
       char* const sums = item.source == call.rank ? p.out
                                                   : reinterpret_cast<char*>(shared.address[item.source][kScratch]) +
                                                         static_cast<int64_t>(place) * p.num_tokens * p.row_bytes;
-      SumRows<T, kWeighted, kReduce>(OwnRows<T, kWeighted>(p, item.choice, end), begin, sums + item.token * p.row_bytes,
-                                     false);
+      rows = OwnRows(p, slot, item.weight, end);
+      target = sums + item.token * p.row_bytes;
     } else if (item.token >= 0) {
-      const int slot = item.choice, owner = slot >= 0 ? slot / capacity : -1, row = slot - owner * capacity;
-      char* const target = p.out + item.token * p.row_bytes;
-      Rows sums{__reduce_or_sync(~0u, slot >= 0 ? 1u << owner : 0u), nullptr, 1.f, end};
-      const bool holds = sums.holders >> lane & 1;
-      if (kReduce && call.num_ranks == 1) {
-        SumOrClear<T, kWeighted, kReduce>(OwnRows<T, kWeighted>(p, slot >= 0 ? row : -1, end), begin, target, true);
-      } else if (kReduce) {
+      target = p.out + item.token * p.row_bytes;
+      rows.holders = __reduce_or_sync(~0u, slot >= 0 ? 1u << owner : 0u);
+      const bool holds = rows.holders >> lane & 1;
+      is_total = call.num_ranks == 1;
+      if (p.one_row_a_rank) {
+        const int there = FirstRowOn(lane, owner, row, p.num_topk);
+        rows.pointer = holds ? reinterpret_cast<const char*>(shared.address[lane][kY]) + there * p.row_bytes : nullptr;
+      } else if (call.num_ranks == 1) {
+        rows = OwnRows(p, slot >= 0 ? row : -1, item.weight, end);
+      } else {
         const uint32_t want = item.step + 1;
         if (came && holds && seen < want) {
           uint64_t value;
@@ -254,18 +286,17 @@ __device__ void Work(const CombineParams& p, const Call& call, const Steps& step
         came = __all_sync(~0u, came);
         __syncwarp();  // each lane acquired for all
         const int64_t place = lane < call.rank ? lane : lane - 1;
-        sums.pointer = lane == call.rank ? target : p.scratch + (place * p.num_tokens + item.token) * p.row_bytes;
-        if (came) SumOrClear<T, false, kReduce>(sums, begin, target, false);
-      } else {
-        const int there = FirstRowOn(lane, owner, row, p.num_topk);
-        sums.pointer = holds ? reinterpret_cast<const char*>(shared.address[lane][kY]) + there * p.row_bytes : nullptr;
-        SumOrClear<T, false, kReduce>(sums, begin, target, call.num_ranks == 1);
+        rows.pointer = lane == call.rank ? target : p.scratch + (place * p.num_tokens + item.token) * p.row_bytes;
+        if (!came) target = nullptr;
       }
-      if (item.piece == 0 && p.carried_back != nullptr && lane < p.num_topk) {
+      if (item.group == 0 && p.carried_back != nullptr && lane < p.num_topk) {
         const int64_t place = p.one_row_a_rank ? static_cast<int64_t>(row) * p.num_topk + lane : row;
         p.carried_back[item.token * p.num_topk + lane] =
             slot >= 0 ? __ldcg(reinterpret_cast<const float*>(shared.address[owner][kCarried]) + place) : 0.f;
       }
+    }
+    if (target != nullptr && (rows.holders != 0 || !item.push)) {
+      SumOrClear<T, kWeighted>(rows, begin, target, is_total);
     }
     __syncwarp();
     if (lane == 0) StoreReleaseShared(&shared.next[warp], index + kWorkers);
@@ -276,18 +307,18 @@ __device__ void Work(const CombineParams& p, const Call& call, const Steps& step
 
 // Carries the workers' progress into the windows of all ranks, then leaves the lane.
 __device__ void PublishSteps(const Call& call, const Steps& steps, CombineShared& shared, bool met) {
-  const int lane = threadIdx.x % 32, num_workers = blockDim.x / 32 - 1;
+  const int lane = threadIdx.x % 32;
   uint32_t published = 0;
   const auto tell = [&](uint32_t state) {
     FenceSys();  // what the workers stored before counting is before the flag
     if (lane < call.num_ranks) StoreRelaxedSys(&call.Peer(lane)->progress[call.rank][blockIdx.x], call.Tag(state));
   };
   while (met) {
-    const uint32_t next = __reduce_min_sync(~0u, lane < num_workers ? LoadAcquireShared(&shared.next[lane]) : ~0u);
+    const uint32_t next = __reduce_min_sync(~0u, lane < kWorkers ? LoadAcquireShared(&shared.next[lane]) : ~0u);
     if (next == ~0u) break;
     // All items before `next` are done; the sums of a step come last and need not be.
     const uint32_t pushed =
-        min((next + steps.num_pieces) / steps.items_per_step, static_cast<uint32_t>(steps.num_steps));
+        min((next + steps.num_groups) / steps.items_per_step, static_cast<uint32_t>(steps.num_steps));
     if (steps.num_pushes == 0 || pushed == published) {
       __nanosleep(100);
       continue;
@@ -299,9 +330,8 @@ __device__ void PublishSteps(const Call& call, const Steps& steps, CombineShared
   Leave(call, blockIdx.x, blockIdx.x);
 }
 
-template <class T, bool kWeighted, bool kReduce>
-__global__ void __launch_bounds__(32 * kNumWarps<kReduce>, 1) CombineKernel(const __grid_constant__ CombineParams p) {
-  constexpr int kThreads = 32 * kNumWarps<kReduce>, kWorkers = kNumWarps<kReduce> - 1;
+template <class T, bool kWeighted>
+__global__ void __launch_bounds__(kThreads, 1) CombineKernel(const __grid_constant__ CombineParams p) {
   __shared__ CombineShared shared;
   const Call call = BeginCall(p.group, kCombine);
   const Steps steps(p, call.num_ranks);
@@ -326,7 +356,7 @@ __global__ void __launch_bounds__(32 * kNumWarps<kReduce>, 1) CombineKernel(cons
   }
   met = __syncthreads_and(met);
   if (threadIdx.x / 32 < kWorkers) {
-    if (met) Work<T, kWeighted, kReduce>(p, call, steps, shared);
+    if (met) Work<T, kWeighted>(p, call, steps, shared);
   } else {
     PublishSteps(call, steps, shared, met);
   }
@@ -344,22 +374,22 @@ __global__ void __launch_bounds__(32 * kNumWarps<kReduce>, 1) CombineKernel(cons
 using Kernel = void (*)(CombineParams);
 
 template <class T>
-Kernel KernelFor(bool weighted, bool one_row_a_rank) {
-  if (one_row_a_rank) return CombineKernel<T, false, false>;
-  return weighted ? CombineKernel<T, true, true> : CombineKernel<T, false, true>;
+Kernel KernelFor(bool weighted) {
+  return weighted ? CombineKernel<T, true> : CombineKernel<T, false>;
 }
 
-Kernel KernelFor(RowDtype dtype, bool weighted, bool one_row_a_rank) {
-  if (dtype == RowDtype::kBfloat16) return KernelFor<__nv_bfloat16>(weighted, one_row_a_rank);
-  if (dtype == RowDtype::kFloat16) return KernelFor<__half>(weighted, one_row_a_rank);
-  return KernelFor<float>(weighted, one_row_a_rank);
+Kernel KernelFor(RowDtype dtype, bool weighted) {
+  if (dtype == RowDtype::kBfloat16) return KernelFor<__nv_bfloat16>(weighted);
+  if (dtype == RowDtype::kFloat16) return KernelFor<__half>(weighted);
+  return KernelFor<float>(weighted);
 }
 
 }  // namespace
 
 bool CombineFits(const CombineParams& p, int num_ranks) {
   const int64_t choices = static_cast<int64_t>(p.num_tokens) * p.num_topk * num_ranks;
-  const int64_t items = (p.num_tokens + kLag) * num_ranks * (p.row_bytes / kPieceBytes + 1);
+  // A list has at most (steps + lag) * ranks * groups items.
+  const int64_t items = (p.num_tokens + kLag * kWorkers + 4ll) * (num_ranks + 1) * (p.row_bytes / 2048 + 1);
   if (p.num_tokens >= kMaxSteps) return false;
   if (num_ranks > kMaxRanks || p.num_topk > 32 || p.row_bytes % 16 != 0) return false;
   if (choices >= 1ll << 31 || static_cast<int64_t>(num_ranks) * p.max_recv_tokens >= 1ll << 31) return false;
@@ -368,9 +398,9 @@ bool CombineFits(const CombineParams& p, int num_ranks) {
 
 cudaError_t LoadCombine() {
   for (RowDtype dtype : {RowDtype::kBfloat16, RowDtype::kFloat16, RowDtype::kFloat32}) {
-    for (int variant = 0; variant < 3; ++variant) {
+    for (bool weighted : {false, true}) {
       cudaFuncAttributes attributes;
-      const auto* kernel = reinterpret_cast<const void*>(KernelFor(dtype, variant == 1, variant == 2));
+      const auto* kernel = reinterpret_cast<const void*>(KernelFor(dtype, weighted));
       if (cudaError_t error = cudaFuncGetAttributes(&attributes, kernel); error != cudaSuccess) return error;
     }
   }
@@ -379,8 +409,8 @@ cudaError_t LoadCombine() {
 
 cudaError_t LaunchCombine(const CombineParams& params, const CombineConfig& config, cudaStream_t stream) {
   const int num_blocks = std::max(1, std::min(config.num_sms, kMaxLanes));
-  const Kernel kernel = KernelFor(params.dtype, params.weights != nullptr, params.one_row_a_rank);
-  kernel<<<num_blocks, 32 * (params.one_row_a_rank ? kNumWarps<false> : kNumWarps<true>), 0, stream>>>(params);
+  const Kernel kernel = KernelFor(params.dtype, params.weights != nullptr);
+  kernel<<<num_blocks, kThreads, 0, stream>>>(params);
   return cudaGetLastError();
 }
 

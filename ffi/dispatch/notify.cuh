@@ -173,9 +173,12 @@ __device__ inline void WriteExpertSlots(const DispatchPlan& plan, const Call& ca
   const TokenRange tokens = WarpTokens(plan);
   const int begin = tokens.begin * p.num_topk, end = tokens.end * p.num_topk;
   const int64_t mine = static_cast<int64_t>(call.rank) * p.num_tokens * p.num_topk;
+  const auto load = [&](int i) { return i < end ? p.topk_idx[i] : -1; };
+  int next_expert = load(begin + lane);
   for (int base = begin; base < end; base += 32) {
     const int i = base + lane;
-    int expert = i < end ? p.topk_idx[i] : -1;
+    int expert = next_expert;
+    next_expert = load(i + 32);  // on its way while these are placed
     if (expert >= p.num_experts || expert < 0) expert = -1;
     const uint32_t same = __match_any_sync(~0u, expert);
     const int position = __popc(same & ((1u << lane) - 1));

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend.mlir.dialects import stablehlo
 
-from jax_ep._src import compat, group, primitives, quantized, reference, targets
+from jax_ep._src import compat, group, primitives, quantized, reference, targets, tuning
 from jax_ep._src.handle import LAYOUTS, Routing
 
 Rule = Callable[..., Any]
@@ -26,7 +26,6 @@ MAX_TOPK = 32  # one lane of a warp a choice
 MAX_BINS = 2080  # counts that a block publishes: kMaxBins in ffi/group/window.h
 MAX_RANKS = 32
 INT_MAX = 2**31 - 1
-AUTO_LOW_LATENCY_TOKENS = 128  # up to so many a rank, mode "auto" is "low_latency"
 IN_FLIGHT_BYTES = 16  # that a start leaves at the head of its first result, for its done
 
 
@@ -62,14 +61,21 @@ def _combine_fits(rows: Any, routing: Routing, num_lead: int = 1) -> bool:
         and all(sizes)
         and all(size % 16 == 0 for size in sizes)
         and all(row.dtype in (jnp.bfloat16, jnp.float16, jnp.float32) for row in rows)
-        and all((routing.num_tokens + 3) * routing.num_ranks * (size // 2048 + 1) <= INT_MAX for size in sizes)
+        and all((routing.num_tokens + 34) * (routing.num_ranks + 1) * (size // 2048 + 1) <= INT_MAX for size in sizes)
     )
 
 
-def _wants_low_latency(routing: Routing) -> bool:
-    if routing.mode == "auto":
-        return routing.num_tokens <= AUTO_LOW_LATENCY_TOKENS
-    return routing.mode == "low_latency"
+def _wants_low_latency(routing: Routing, row_bytes: int) -> bool:
+    mode = routing.mode
+    if mode == "auto":
+        mode = tuning.choose_mode(
+            num_tokens=routing.num_tokens,
+            num_ranks=routing.num_ranks,
+            row_bytes=max(row_bytes, 1),
+            layout=routing.layout,
+            device_kind=group.device_kind(),
+        )
+    return mode == "low_latency"
 
 
 # Each of these two says for shapes that fit how many bytes of a low-latency window a call needs, 0 if it is none. Both
@@ -79,7 +85,7 @@ def _wants_low_latency(routing: Routing) -> bool:
 def _dispatch_window(
     row_bytes: list[int], routing: Routing, has_weights: bool, is_routed: bool, encodes: bool = False
 ) -> int:
-    if not _wants_low_latency(routing):
+    if not _wants_low_latency(routing, sum(row_bytes)):
         return 0
     return targets.low_latency_dispatch_bytes(
         num_ranks=routing.num_ranks,
@@ -96,14 +102,15 @@ def _dispatch_window(
 
 
 def _combine_window(rows: Any, routing: Routing, has_carried: bool, num_lead: int = 1) -> int:
-    if not _wants_low_latency(routing):
+    row_bytes = sum(_row_bytes(row, num_lead) for row in rows)
+    if not _wants_low_latency(routing, row_bytes):
         return 0
     return targets.low_latency_combine_bytes(
         num_ranks=routing.num_ranks,
         num_tokens=routing.num_tokens,
         num_topk=routing.num_topk,
         max_recv_tokens=routing.max_recv_tokens,
-        row_bytes=sum(_row_bytes(row, num_lead) for row in rows),
+        row_bytes=row_bytes,
         has_carried=has_carried,
     )
 

@@ -76,6 +76,13 @@ def _of_devices(device_groups: tuple[tuple[Any, ...], ...], world: peers.World |
     return groups
 
 
+@functools.cache
+def device_kind() -> str:
+    """What kind of GPUs serve, for the table behind mode="auto"; "unknown" where there are none (ahead of time)."""
+    kinds = {device.device_kind for device in jax.devices() if device.platform == "gpu"}
+    return kinds.pop() if len(kinds) == 1 else "unknown"
+
+
 def make_arenas(groups: Groups, window_bytes: int) -> bool:
     """Sees to the memory of low-latency calls that need so many bytes of a window; kept for the process's life.
 

@@ -501,6 +501,8 @@ int Timeout() {
   }
   {
     Exchange calls(c);
+    calls.OnAll([&](int r, cudaStream_t s) { return calls.Dispatch(r, s, kNotify); });
+    ok &= calls.Wait();
     for (int i = 0; i <= kDepth; ++i) {
       calls.OnAll([&](int r, cudaStream_t s) { return calls.Combine(r, s, false, Half::kStart); });
     }
