@@ -15,8 +15,8 @@ def choose(num_tokens, entries, num_ranks=4, row_bytes=14336, layout="expert", d
 
 
 @pytest.mark.parametrize("entries", [[], [entry(1024, device="NVIDIA B200*")]])
-def test_without_an_entry_for_the_device_a_decode_step_is_low_latency(entries):
-    assert choose(tuning.DEFAULT_TOKENS, entries) == "low_latency"
+def test_without_an_entry_for_the_device_the_default_decides(entries):
+    assert tuning.DEFAULT_TOKENS == 0
     assert choose(tuning.DEFAULT_TOKENS + 1, entries) == "high_throughput"
 
 

@@ -4,9 +4,9 @@
 //   all but last  worker      peers' progress (sums only)    shared.next, its place in the block's list of items
 //   last          publisher   shared.next of all workers     progress in every rank's window; then leaves
 //
-// Block b has the tokens b, b + B, ... of every rank, one a step. A step is a list of items, a row or a part of it each:
-// first the sums to push to the peers, then the sum of this rank's own token of `lag` steps before, for which the peers
-// have pushed meanwhile.
+// Block b has the tokens b, b + B, ... of every rank, one a step. A step is a list of items, a row or a part of it
+// each: first the sums to push to the peers, then the sum of this rank's own token of `lag` steps before, for which the
+// peers have pushed meanwhile.
 #include <algorithm>
 
 #include "combine/combine.h"

@@ -217,7 +217,8 @@ __device__ bool ReceiveSums(const CombineWork& work, const ArenaCall& call) {
         if (from[i] < 0) continue;
         if (call.sends && from[i] == call.rank) bits[i] = own[0];
         Accumulate<T, false>(total, reinterpret_cast<const int4&>(bits[i]), 1.f);
-        if (place[i] != nullptr && offset >= row_bytes) StoreCarried(p, token, from[i], offset - row_bytes, bits[i]);
+        if (p.carried_back != nullptr && place[i] != nullptr && offset >= row_bytes)
+          StoreCarried(p, token, from[i], offset - row_bytes, bits[i]);
       }
     }
     if (!in_record || offset >= row_bytes) continue;

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 TABLE = Path(__file__).with_name("tuning.json")
-DEFAULT_TOKENS = 128  # a rank, up to which low latency serves where nothing was measured: one step of decoding
+DEFAULT_TOKENS = 0  # a rank, up to which low latency serves where nothing was measured: none, until something was
 
 Entry = Mapping[str, Any]
 
@@ -49,7 +49,7 @@ def choose_mode(
 
     Example:
       >>> choose_mode(num_tokens=64, num_ranks=8, row_bytes=14336, layout="expert", device_kind="unknown", entries=())
-      'low_latency'
+      'high_throughput'
     """
     known = [
         entry

@@ -79,7 +79,9 @@ class Exchange {
       if (c.weights) d.topk_weights = memory.Put(weights_[r]);
       CombineParams& b = arrays_[r].combine;
       b.y = memory.Put(y_[r]);
-      b.carried = memory.Put(carried_[r]);
+      // Cases without gates carry nothing back either: then no pointer may be looked at.
+      if (c.weights) b.carried = memory.Put(carried_[r]);
+      if (!c.weights) b.carried_back = nullptr;
       gates_device_.push_back(memory.Put(gates_[r]));
       in_flight_.push_back(memory.Make<uint64_t>(2, 0));
     }
@@ -173,7 +175,7 @@ class Exchange {
       if (c_.second_bytes > 0) CHECK_CUDA(cudaMemset(a.dispatch.rows[1].recv, 0xab, c_.capacity * c_.second_bytes));
       if (c_.weights) CHECK_CUDA(cudaMemset(a.dispatch.recv_weights, 0xab, c_.capacity * per_row * 4));
       CHECK_CUDA(cudaMemset(a.combine.out, 0xab, c_.num_tokens * c_.row_bytes()));
-      CHECK_CUDA(cudaMemset(a.combine.carried_back, 0xab, c_.choices() * 4));
+      if (c_.weights) CHECK_CUDA(cudaMemset(a.combine.carried_back, 0xab, c_.choices() * 4));
       if (!routed) continue;
       CHECK_CUDA(cudaMemset(a.dispatch.slot, 0xab, c_.choices() * 4));
       CHECK_CUDA(cudaMemset(a.dispatch.recv_slot, 0xab, R * c_.choices() * 4));
@@ -229,6 +231,7 @@ class Exchange {
       CHECK_CUDA(cudaSetDevice(ranks_.device[r]));
       ok &= Same(what, r, arrays_[r].combine.out, Combined(c_, routing_, r, y_, weighted ? &gates_ : nullptr),
                  c_.row_bytes());
+      if (!c_.weights) continue;
       ok &= Same((std::string(what) + ": carried back").c_str(), r, arrays_[r].combine.carried_back,
                  CarriedBack(c_, routing_, r, carried_));
     }
