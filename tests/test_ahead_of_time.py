@@ -18,7 +18,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jax_ep
-from jax_ep._src import group
+from jax_ep._src import group, tuning
 
 if importlib.util.find_spec("jax_plugins") is None or importlib.util.find_spec("jax_plugins.xla_cuda13") is None:
     pytest.skip("needs the wheels jax-cuda13-plugin and jax-cuda13-pjrt", allow_module_level=True)
@@ -46,7 +46,7 @@ def mesh():
 def kernels_serve(monkeypatch):
     """The devices of a topology cannot be asked for peer access or memory: say that they have it."""
     monkeypatch.setattr(group, "along", lambda axis_context, axis_name: (tuple(range(R)),))
-    monkeypatch.setattr(group, "make_arenas", lambda groups, window_bytes: None)
+    monkeypatch.setattr(group, "make_arenas", lambda groups, window_bytes: True)
 
 
 def moe(x, router, scale, layout="expert", wire=None, mode="high_throughput", halves=False):
@@ -136,7 +136,8 @@ def test_a_wire_format_sends_values_and_scales_in_one_call(mesh):
 
 @pytest.mark.parametrize("layout", ["expert", "rank", "batched"])
 @pytest.mark.parametrize("mode", ["auto", "low_latency"])
-def test_few_tokens_are_served_by_low_latency_kernels(mesh, mode, layout):
+def test_few_tokens_are_served_by_low_latency_kernels(mesh, mode, layout, monkeypatch):
+    monkeypatch.setattr(tuning, "DEFAULT_TOKENS", T)
     compiled = compile_for_gpus(mesh, network(mesh, layout=layout, mode=mode))
     assert launches(compiled) == ["low_latency_dispatch", "low_latency_combine"]
     assert collectives(compiled) == []

@@ -21,8 +21,8 @@ def barrier(axis_name: str | tuple[str, ...]) -> jax.Array:
       axis_name: the mesh axis, or a tuple of them.
 
     Returns:
-      s32[1], the number of ranks that came. XLA keeps only what is used: let later work depend on it, with
-      `x, _ = jax.lax.optimization_barrier((x, token))`, or return it.
+      s32[1], the number of ranks that came. On GPUs the call is made even if nothing uses that; elsewhere XLA keeps only
+      what is used. `x, came = jax.lax.optimization_barrier((x, came))` puts later work behind it, if `came` is used too.
 
     Raises:
       NameError: the axis is not bound.
@@ -57,7 +57,7 @@ def _cuda(ctx: Any, one: Any, *, axis_name: tuple[str, ...], num_ranks: int) -> 
     if groups is None:
         return _lower_reference(ctx, one, axis_name=axis_name, num_ranks=num_ranks)
     devices = np.array(groups, np.int64).reshape(-1)
-    return jax.ffi.ffi_lowering(targets.BARRIER)(ctx, one, devices=devices, num_ranks=np.int64(num_ranks))
+    return jax.ffi.ffi_lowering(targets.BARRIER, has_side_effect=True)(ctx, one, devices=devices, num_ranks=np.int64(num_ranks))
 
 
 _lower_reference = compat.mlir.lower_fun(_reference, multiple_results=True)
