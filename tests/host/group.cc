@@ -13,6 +13,9 @@
 #include "combine/combine.h"
 #include "dispatch/dispatch.h"
 #include "group/barrier.h"
+#include "low_latency/low_latency.h"
+
+std::vector<const jax_ep::GroupView*> g_views;
 
 extern "C" {
 cudaError_t cudaGetDeviceCount(int* count) { return *count = 2, cudaSuccess; }
@@ -25,7 +28,11 @@ cudaError_t cudaDeviceCanAccessPeer(int* can, int, int) { return *can = 1, cudaS
 cudaError_t cudaMalloc(void** memory, size_t bytes) { return *memory = std::calloc(bytes, 1), cudaSuccess; }
 cudaError_t cudaHostAlloc(void** memory, size_t bytes, unsigned int) { return cudaMalloc(memory, bytes); }
 cudaError_t cudaMemset(void* memory, int value, size_t bytes) { return std::memset(memory, value, bytes), cudaSuccess; }
+cudaError_t cudaMemsetAsync(void* memory, int value, size_t bytes, cudaStream_t) {
+  return cudaMemset(memory, value, bytes);
+}
 cudaError_t cudaMemcpy(void* to, const void* from, size_t bytes, cudaMemcpyKind) {
+  if (bytes == sizeof(jax_ep::GroupView)) g_views.push_back(static_cast<jax_ep::GroupView*>(to));
   return std::memcpy(to, from, bytes), cudaSuccess;
 }
 cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMemcpyKind kind, cudaStream_t) {
@@ -40,12 +47,19 @@ namespace jax_ep {
 
 using Begun = std::vector<std::pair<int, uint64_t>>;  // rank, generation
 Begun g_begun;
+int g_ledgers = 0;  // of the last launch
 
 cudaError_t LoadDispatch() { return cudaSuccess; }
 cudaError_t LoadCombine() { return cudaSuccess; }
 cudaError_t LoadBarrier() { return cudaSuccess; }
-cudaError_t LaunchBeginGeneration(const GroupView* view, uint64_t generation, cudaStream_t) {
-  return g_begun.push_back({view->rank, generation}), cudaSuccess;
+cudaError_t LoadLowLatencyDispatch() { return cudaSuccess; }
+cudaError_t LoadLowLatencyCombine() { return cudaSuccess; }
+cudaError_t LaunchBeginGeneration(const Ledgers& ledgers, uint64_t generation, cudaStream_t) {
+  g_ledgers = ledgers.count;
+  for (const GroupView* view : g_views) {
+    if (view->window[view->rank] == ledgers.ledger[0]) return g_begun.push_back({view->rank, generation}), cudaSuccess;
+  }
+  return cudaErrorInvalidValue;
 }
 
 namespace {
@@ -82,8 +96,22 @@ void OneProcess() {
   EXPECT(Has(told, "combine: rank 1 waited for rank 0 in phase rows") && !Has(told, "process"));
   EXPECT(group.Enter(1, 2, nullptr) == told);  // the same run
   EXPECT(TakeBegun().empty());
+  // A generation begins in the arenas too, and in one made later with its number.
+  group.MakeArenas(1000);
+  EXPECT(group.arenas(1, 900).window_bytes == 1 << 16 && group.arenas(1, 900).rank == 1);
   EXPECT(group.Enter(1, 3, nullptr).empty() && group.Enter(0, 3, nullptr).empty());
-  EXPECT(TakeBegun() == Begun{{1, 1}, {0, 1}});
+  EXPECT(TakeBegun() == Begun{{1, 1}, {0, 1}} && g_ledgers == 2);
+  group.MakeArenas(1 << 17);
+  const ArenaView later = group.arenas(0, (1 << 16) + 1);
+  EXPECT(reinterpret_cast<Arena*>(later.arena[1])->epoch == 1ull << kCountBits);
+  EXPECT(later.arena[0] != group.arenas(0, 1000).arena[0] && later.window_bytes == 1 << 17);
+  bool unknown = false;
+  try {
+    group.arenas(0, 1 << 18);
+  } catch (const std::runtime_error&) {
+    unknown = true;
+  }
+  EXPECT(unknown);
   Fail(group, 0, 1, 0);  // a late consequence is no news
   EXPECT(group.Enter(0, 4, nullptr).empty() && TakeBegun().empty());
   EXPECT(group.CheckShared(0, &group).empty());
@@ -110,6 +138,13 @@ void SeveralProcesses() {
     EXPECT(view.shift[0] == 0 && 7050 + view.shift[1] == 7050 - 4096 && view.shift[2] == 0);
   }
   EXPECT(group.Enter(0, 1, nullptr).empty() && !Group::HasFailedSpanning());
+  bool refused = false;  // arenas are not shared between processes
+  try {
+    group.MakeArenas(1000);
+  } catch (const std::runtime_error&) {
+    refused = true;
+  }
+  EXPECT(refused);
 
   Fail(group, 2, 1, 0);
   EXPECT(Group::HasFailedSpanning() && Group::HasFailedSpanning());
