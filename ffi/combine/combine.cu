@@ -391,7 +391,7 @@ bool CombineFits(const CombineParams& p, int num_ranks) {
   // A list has at most (steps + lag) * ranks * groups items.
   const int64_t items = (p.num_tokens + kLag * kWorkers + 4ll) * (num_ranks + 1) * (p.row_bytes / 2048 + 1);
   if (p.num_tokens >= kMaxSteps) return false;
-  if (num_ranks > kMaxRanks || p.num_topk > 32 || p.row_bytes % 16 != 0) return false;
+  if (num_ranks > kMaxRanks || p.num_topk > 32 || p.row_bytes % 16 != 0 || p.row_bytes >= 1 << 30) return false;
   if (choices >= 1ll << 31 || static_cast<int64_t>(num_ranks) * p.max_recv_tokens >= 1ll << 31) return false;
   return p.max_recv_tokens > 0 && p.num_tokens > 0 && items < 1ll << 31;
 }

@@ -59,7 +59,7 @@ def _combine_fits(rows: Any, routing: Routing, num_lead: int = 1) -> bool:
         _routing_fits(routing)
         and len(sizes) <= 1
         and all(sizes)
-        and all(size % 16 == 0 for size in sizes)
+        and all(size % 16 == 0 and size < 2**30 for size in sizes)
         and all(row.dtype in (jnp.bfloat16, jnp.float16, jnp.float32) for row in rows)
         and all((routing.num_tokens + 34) * (routing.num_ranks + 1) * (size // 2048 + 1) <= INT_MAX for size in sizes)
     )
