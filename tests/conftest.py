@@ -1,6 +1,7 @@
 """Where the tests run: on 8 virtual CPU devices, or with JAX_EP_TEST_PLATFORM=gpu (also: -m gpu) on this machine's GPUs.
 
-The contract's tests are the same on both; those marked `gpu` look at the kernels and skip without a GPU.
+The contract's tests are the same on both; those marked `gpu` look at the kernels and skip without a GPU. With
+JAX_EP_TEST_LOW_LATENCY=TOKENS the low-latency kernels serve them wherever a rank has no more tokens than that.
 """
 
 import json
@@ -32,6 +33,14 @@ def pytest_configure(config):
     flags = os.environ.get("XLA_FLAGS", "")
     if "xla_force_host_platform_device_count" not in flags:
         os.environ["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count={NUM_CPU_DEVICES}".lstrip()
+
+
+def pytest_sessionstart(session):
+    if "JAX_EP_TEST_LOW_LATENCY" in os.environ:
+        from jax_ep._src import tuning
+
+        tuning.DEFAULT_TOKENS = int(os.environ["JAX_EP_TEST_LOW_LATENCY"])
+        tuning.table = lambda: ()
 
 
 def pytest_collection_modifyitems(config, items):
