@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from cases import case
+from jax.sharding import PartitionSpec as P
 from spmd import mesh_of
 
 import jax_ep
@@ -337,3 +338,19 @@ def test_a_timeout_that_is_none(seconds):
 
 def test_a_barrier_along_no_axis():
     refused(NameError, "barrier", "'expert'", trace=lambda f: f())(lambda: jax_ep.barrier("expert"))
+
+
+def test_a_barrier_of_a_mapped_axis_that_is_no_mesh_axis():
+    with pytest.raises(NotImplementedError, match=r"'expert'.*jax\.shard_map"):
+        jax.vmap(lambda x: x + jax_ep.barrier("expert"), axis_name="expert")(jnp.zeros((2, 1), jnp.int32))
+
+
+def test_a_barrier_under_vmap_is_one_for_all():
+    mesh = jax.make_mesh((2,), ("expert",), axis_types=(jax.sharding.AxisType.Auto,))
+
+    def f(x):
+        return jax.vmap(lambda row: row + jax_ep.barrier("expert"))(x)
+
+    g = jax.jit(jax.shard_map(f, mesh=mesh, in_specs=P("expert"), out_specs=P("expert")))
+    np.testing.assert_array_equal(g(np.zeros((6, 1), np.int32)), np.full((6, 1), 2))
+    assert str(jax.make_jaxpr(g)(np.zeros((6, 1), np.int32))).count("jax_ep_barrier") == 1

@@ -20,7 +20,7 @@ from jax import lax
 
 from jax_ep._src import autodiff, compat, quantized
 from jax_ep._src import primitives as p
-from jax_ep._src.handle import Routing
+from jax_ep._src.barrier import barrier_p
 
 _HALVES = (
     p.dispatch_start_p,
@@ -32,8 +32,8 @@ _HALVES = (
 _LOGFMT_PIECE = 1024  # rows of whole pieces can be folded under wire="logfmt10"
 
 
-def _refuse_own_axis(axis_data: Any, routing: Routing) -> None:
-    if axis_data.name in routing.axis_name:
+def _refuse_own_axis(axis_data: Any, axis_name: tuple[str, ...]) -> None:
+    if axis_data.name in axis_name:
         raise NotImplementedError(
             f"jax_ep: vmap must not run over the ranks' axis {axis_data.name!r} itself. Use jax.shard_map over that axis."
         )
@@ -114,9 +114,16 @@ def _notify(_: Any, args: Any, dims: Any, **params: Any) -> Any:
     return _one_after_another(p.notify_p, args, dims, params)
 
 
+def _barrier(axis_data: Any, args: Any, dims: Any, **params: Any) -> Any:
+    """Once for all: no rank has come before all of its calls have."""
+    _refuse_own_axis(axis_data, params["axis_name"])
+    (one,), (dim,) = args, dims
+    return barrier_p.bind(one if dim is None else jnp.take(one, 0, axis=dim), **params), [None]
+
+
 def _register(primitive: compat.Primitive, rule: Any) -> None:
     def batch(axis_data: Any, args: Any, dims: Any, **params: Any) -> Any:
-        _refuse_own_axis(axis_data, params["routing"])
+        _refuse_own_axis(axis_data, params["routing"].axis_name)
         if all(dim is None for dim in dims):  # inside vmap, but not batched
             results = primitive.bind(*args, **params)
             return results, [None] * len(results)
@@ -127,6 +134,7 @@ def _register(primitive: compat.Primitive, rule: Any) -> None:
     compat.batching.fancy_primitive_batchers[primitive] = batch
 
 
+compat.batching.fancy_primitive_batchers[barrier_p] = _barrier
 _register(p.notify_p, _notify)
 _register(p.dispatch_p, _dispatch)
 _register(p.dispatch_cached_p, functools.partial(_moving, p.dispatch_cached_p, 1))
