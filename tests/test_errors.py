@@ -8,7 +8,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from cases import case
-from jax.sharding import PartitionSpec as P
 from spmd import mesh_of
 
 import jax_ep
