@@ -8,7 +8,7 @@
 
 PYTEST_ARGS ?=
 DEMO_ARGS ?=
-NEWEST_ARGS ?= -k "not batched and not rank-" $(addprefix --ignore=tests/test_,example.py formats.py logfmt.py quantized.py) --ignore=tests/slurm
+NEWEST_ARGS ?= -k "not batched and not rank-" $(addprefix --ignore=tests/test_,benchmarks.py example.py formats.py logfmt.py quantized.py soak.py) --ignore=tests/slurm
 
 comma := ,
 has_gpu := $(wildcard /proc/driver/nvidia/version)

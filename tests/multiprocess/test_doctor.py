@@ -70,12 +70,13 @@ def test_an_error_is_told_and_not_raised(capsys, monkeypatch):
     assert "process 0: the exchange failed: ValueError: no such luck" in " ".join(capsys.readouterr().out.split())
 
 
-def test_as_a_command():
+def test_as_a_command(tmp_path):
     env = {**os.environ, "JAX_PLATFORMS": "cpu"}
     command = [sys.executable, "-m", "jax_ep", "doctor", "--json"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=env, check=True)
+    outside = {"capture_output": True, "timeout": 120, "env": env, "cwd": tmp_path}  # not among the sources
+    done = subprocess.run(command, text=True, check=True, **outside)
     assert json.loads(done.stdout)["healthy"]
-    assert subprocess.run(command[:3], capture_output=True, timeout=120, env=env, check=False).returncode == 2
+    assert subprocess.run(command[:3], check=False, **outside).returncode == 2
 
 
 def test_links_are_read_from_what_nvidia_smi_prints():
