@@ -151,6 +151,14 @@ def test_low_latency_kernels_encode_a_wire_format_themselves(mesh, wire):
     assert f"f8e4m3fn[{5 * T},{H}]" in dispatch[0] and "f8e" not in dispatch[1]
 
 
+@pytest.mark.parametrize("wire", [None, "fp8"])
+def test_without_arenas_low_latency_is_high_throughput(mesh, wire, monkeypatch):
+    """As over several processes."""
+    monkeypatch.setattr(group, "make_arenas", lambda groups, window_bytes: False)
+    compiled = compile_for_gpus(mesh, network(mesh, wire=wire, mode="low_latency"))
+    assert launches(compiled) == ["dispatch", "combine"]
+
+
 @pytest.mark.parametrize("options", [NO_GRAPHS, GRAPHS], ids=["launched", "graphs"])
 def test_scan_and_grad_launch_each_low_latency_call_once(mesh, options):
     compiled = compile_for_gpus(mesh, gradient(network(mesh, mode="low_latency")), options)

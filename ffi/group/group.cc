@@ -297,13 +297,6 @@ ArenaView Group::arenas(int rank, int64_t window_bytes) {
   return view;
 }
 
-int64_t Group::persistent_bytes() {
-  std::lock_guard<std::mutex> lock(mutex_);
-  int64_t bytes = sizeof(Window);
-  for (const auto& arenas : arenas_) bytes += kArenaHeaderBytes + kDepth * arenas->window_bytes;
-  return bytes;
-}
-
 bool Group::HavePeerAccess(const std::vector<int>& devices) {
   int num_devices = 0;
   bool have = cudaGetDeviceCount(&num_devices) == cudaSuccess;

@@ -62,7 +62,6 @@ class Group {
   // Why a peer in another process could not use `address`, an operand or result of `rank`; nothing if it can. If not,
   // the group has failed.
   std::string CheckShared(int rank, const void* address);
-  int64_t persistent_bytes();
 
  private:
   struct Rank {

@@ -208,9 +208,8 @@ def _dispatch_encoded(
         return None
     window = _dispatch_window(encoded, routing, has_weights, False, encodes=True)
     devices = _groups(ctx, routing) if window > 0 else None
-    if devices is None:
+    if devices is None or not group.make_arenas(devices, window):
         return None
-    group.make_arenas(devices, window)
     return _call_dispatch(
         targets.LOW_LATENCY_DISPATCH, ctx, operands, routing, devices, num_rows, has_weights, wire=wire
     )
