@@ -7,6 +7,8 @@
 
 #include "group/group.h"
 #include "group/shared_memory.h"
+#include "internode/internode_group.h"
+#include "internode/plan.h"
 #include "low_latency/low_latency.h"
 #include "xla/ffi/api/c_api.h"
 
@@ -17,6 +19,11 @@ extern "C" XLA_FFI_Error* JaxEpCombine(XLA_FFI_CallFrame*);
 extern "C" XLA_FFI_Error* JaxEpDispatch(XLA_FFI_CallFrame*);
 extern "C" XLA_FFI_Error* JaxEpDispatchCached(XLA_FFI_CallFrame*);
 extern "C" XLA_FFI_Error* JaxEpDispatchLayout(XLA_FFI_CallFrame*);
+extern "C" XLA_FFI_Error* JaxEpInternodeBarrier(XLA_FFI_CallFrame*);
+extern "C" XLA_FFI_Error* JaxEpInternodeCombine(XLA_FFI_CallFrame*);
+extern "C" XLA_FFI_Error* JaxEpInternodeDispatch(XLA_FFI_CallFrame*);
+extern "C" XLA_FFI_Error* JaxEpInternodeDispatchCached(XLA_FFI_CallFrame*);
+extern "C" XLA_FFI_Error* JaxEpInternodeNotify(XLA_FFI_CallFrame*);
 extern "C" XLA_FFI_Error* JaxEpLowLatencyCombine(XLA_FFI_CallFrame*);
 extern "C" XLA_FFI_Error* JaxEpLowLatencyCombineDone(XLA_FFI_CallFrame*);
 extern "C" XLA_FFI_Error* JaxEpLowLatencyCombineStart(XLA_FFI_CallFrame*);
@@ -39,6 +46,11 @@ nb::dict Handlers() {
   add("jax_ep_dispatch", JaxEpDispatch);
   add("jax_ep_dispatch_cached", JaxEpDispatchCached);
   add("jax_ep_dispatch_layout", JaxEpDispatchLayout);
+  add("jax_ep_internode_barrier", JaxEpInternodeBarrier);
+  add("jax_ep_internode_combine", JaxEpInternodeCombine);
+  add("jax_ep_internode_dispatch", JaxEpInternodeDispatch);
+  add("jax_ep_internode_dispatch_cached", JaxEpInternodeDispatchCached);
+  add("jax_ep_internode_notify", JaxEpInternodeNotify);
   add("jax_ep_low_latency_combine", JaxEpLowLatencyCombine);
   add("jax_ep_low_latency_combine_done", JaxEpLowLatencyCombineDone);
   add("jax_ep_low_latency_combine_start", JaxEpLowLatencyCombineStart);
@@ -76,6 +88,19 @@ int64_t LowLatencyCombineBytes(int num_ranks, int num_tokens, int num_topk, int 
   return jax_ep::LowLatencyCombineBytes(p, num_ranks);
 }
 
+// How a dispatch over nodes is cut, for tests and docs: {blocks, lanes, bytes of a ring, of a slot, of a message, pieces of
+// a row, messages of a chunk}.
+nb::tuple InternodePlanOf(int num_nodes, int ranks_per_node, int num_tokens, int num_topk, int64_t row_bytes,
+                          int64_t second_bytes, int num_sms, int num_processes) {
+  const int64_t box = jax_ep::BoxBytes(num_processes);
+  const int num_tasks = num_nodes + 1 + num_nodes * ranks_per_node;
+  const jax_ep::Lanes lanes = jax_ep::PlanLanes(num_sms, num_tasks, num_tokens, num_nodes, box);
+  const jax_ep::Messages messages =
+      jax_ep::PlanMessages(row_bytes, second_bytes, jax_ep::DispatchHeaderBytes(num_topk), lanes, num_nodes, box);
+  return nb::make_tuple(lanes.num_blocks, lanes.num_lanes, messages.RingBytes(), messages.slot_bytes,
+                        messages.message_bytes, messages.num_pieces, messages.per_chunk);
+}
+
 }  // namespace
 
 NB_MODULE(_core, module) {
@@ -98,6 +123,29 @@ NB_MODULE(_core, module) {
   module.def("make_shared_memory", &jax_ep::MakeSharedMemory, nb::arg("device"), nb::arg("bytes"), nb::arg("devices"));
   module.def("export_allocation", &jax_ep::ExportAllocation, nb::arg("device"), nb::arg("address"));
   module.def("import_memory", &jax_ep::ImportMemory, nb::arg("fd"), nb::arg("bytes"), nb::arg("devices"));
+  module.def(
+      "install_internode",
+      [](const nb::capsule& kernels) {
+        jax_ep::InstallInternode(static_cast<const jax_ep::InternodeKernels*>(kernels.data("jax_ep.InternodeKernels")));
+      },
+      nb::arg("kernels"));
+  nb::class_<jax_ep::Berth>(module, "Berth")
+      .def(nb::init<int, int, int, uint64_t>(), nb::arg("process"), nb::arg("device"), nb::arg("node"),
+           nb::arg("room"));
+  module.def("make_internode_group", &jax_ep::MakeInternodeGroup, nb::arg("devices"), nb::arg("berths"),
+             nb::arg("box_bytes"));
+  module.def(
+      "nodes_of",
+      [](const std::vector<int>& node_of_rank) {
+        const jax_ep::Nodes nodes = jax_ep::NodesOf(node_of_rank);
+        return nb::make_tuple(nodes.num_nodes, nodes.ranks_per_node);
+      },
+      nb::arg("node_of_rank"));
+  module.def("box_bytes", &jax_ep::BoxBytes, nb::arg("num_processes"));
+  module.def("room_bytes", &jax_ep::RoomBytes, nb::arg("num_processes"));
+  module.def("internode_plan", &InternodePlanOf, nb::arg("num_nodes"), nb::arg("ranks_per_node"), nb::arg("num_tokens"),
+             nb::arg("num_topk"), nb::arg("row_bytes"), nb::arg("second_bytes"), nb::arg("num_sms"),
+             nb::arg("num_processes"));
   module.def(
       "make_arenas",
       [](const std::vector<int>& devices, int64_t window_bytes) {

@@ -4,6 +4,7 @@
 //   other blocks               all warps copy
 #include <algorithm>
 
+#include "dispatch/clear.cuh"
 #include "dispatch/copy.cuh"
 #include "dispatch/notify.cuh"
 #include "dispatch/send.cuh"
@@ -13,23 +14,6 @@ namespace {
 
 constexpr int kMaxSendPiece = 14336, kMaxCopyPiece = 8192, kMaxZeroBytes = 4096;
 constexpr int64_t kMaxDynamicShared = 232448 - 12288;  // a block's limit less the static part
-
-__device__ void ClearResults(const DispatchPlan& plan, const Call& call) {
-  const DispatchParams& p = plan.params;
-  const auto clear = [](void* bytes, int64_t num_bytes, int value) {
-    for (int64_t i = threadIdx.x; i < num_bytes / 4; i += kDispatchThreads) static_cast<int32_t*>(bytes)[i] = value;
-    if (threadIdx.x < num_bytes % 4) static_cast<char*>(bytes)[num_bytes / 4 * 4 + threadIdx.x] = 0;
-  };
-  const int64_t rows = p.max_recv_tokens, choices = static_cast<int64_t>(p.num_tokens) * p.num_topk;
-  for (int i = 0; i < p.num_row_arrays; ++i) clear(p.rows[i].recv, rows * p.rows[i].row_bytes, 0);
-  const int64_t choices_per_row = p.layout == Layout::kRank ? p.num_topk : 1;
-  if (p.recv_weights != nullptr) clear(p.recv_weights, rows * choices_per_row * 4, 0);
-  if (p.operation == kDispatchCached) return;
-  clear(p.slot, choices * 4, -1);
-  clear(p.recv_slot, call.num_ranks * choices * 4, -1);
-  clear(p.counts, (p.num_experts / call.num_ranks + 1) * 4, 0);
-  if (p.recv_topk_idx != nullptr) clear(p.recv_topk_idx, rows * p.num_topk * 4, -1);
-}
 
 // The gates of this block's tokens along a known routing.
 __device__ void SendCachedWeights(const DispatchPlan& plan, const Call& call, const DispatchShared& shared) {
@@ -78,7 +62,14 @@ __global__ void __launch_bounds__(kDispatchThreads, 1) DispatchKernel(const __gr
   const bool takes_part = __syncthreads_and(!p.refused && !HasFailed(call));
 
   if (sends && takes_part) {
-    if (!cached) CountTokens(plan, call, notify);
+    if (!cached) {
+      CountTokens(plan, call, notify, [&](int bin, int count) {
+        for (int i = 0; i < call.num_ranks; ++i) {
+          const int peer = (call.rank + 1 + i) % call.num_ranks;
+          call.Peer(peer)->counts[call.parity][call.rank][blockIdx.x][bin] = count;
+        }
+      });
+    }
     if (threadIdx.x < call.num_ranks) {
       Mail* mail = &call.Peer(threadIdx.x)->mail[call.parity][call.rank][block];
       mail->address[kRecvRows] = reinterpret_cast<uint64_t>(p.rows[0].recv);
@@ -127,7 +118,7 @@ __global__ void __launch_bounds__(kDispatchThreads, 1) DispatchKernel(const __gr
     CopyRows(plan, call, shared, zero, dynamic, copy_stages, copy_warp, index);
   }
   if (IsLastBlock(call)) {
-    if (HasFailed(call)) ClearResults(plan, call);
+    if (HasFailed(call)) ClearResults(p, call);
     EndCall(call);
   }
 }

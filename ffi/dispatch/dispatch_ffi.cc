@@ -7,6 +7,7 @@
 
 #include "common/error.h"
 #include "dispatch/dispatch.h"
+#include "dispatch/operands.h"
 #include "group/member.h"
 
 namespace ffi = xla::ffi;
@@ -14,57 +15,14 @@ namespace ffi = xla::ffi;
 namespace jax_ep {
 namespace {
 
-template <class T>
-T* Data(const ffi::AnyBuffer& buffer) {
-  return reinterpret_cast<T*>(buffer.untyped_data());
-}
-
 ffi::Error Run(Operation operation, const char* name, cudaStream_t stream, int32_t device, ffi::RunId run,
-               ffi::Span<const int64_t> devices, int64_t num_ranks, int64_t num_experts, int64_t layout,
-               int64_t expert_alignment, int64_t expert_capacity, int64_t max_recv_tokens, int64_t num_rows,
-               int64_t has_weights, int64_t num_sms, ffi::RemainingArgs args, ffi::RemainingRets rets) {
-  const bool cached = operation == kDispatchCached;
+               ffi::Span<const int64_t> devices, const DispatchAttributes& attributes, ffi::RemainingArgs args,
+               ffi::RemainingRets rets) {
   DispatchParams p{};
-  p.operation = operation;
-  p.layout = static_cast<Layout>(layout);
-  const size_t moved = num_rows + has_weights;
-  const size_t num_routed = cached ? 0 : p.layout == Layout::kRank ? 4 : 3;
-  if (num_rows > kMaxRowArrays || args.size() != moved + (cached ? 3 : 1) || rets.size() != moved + num_routed) {
-    return InvalidArgument(name, "unexpected number of operands or results");
-  }
-  const auto choices = args.get<ffi::AnyBuffer>(moved)->dimensions();  // topk_idx or slot, [T, K]
-  p.num_tokens = static_cast<int>(choices[0]);
-  p.num_topk = static_cast<int>(choices[1]);
-  p.num_experts = static_cast<int>(num_experts);
-  p.max_recv_tokens = static_cast<int>(max_recv_tokens);
-  p.expert_alignment = static_cast<int>(expert_alignment);
-  p.expert_capacity = static_cast<int>(expert_capacity);
-  p.num_row_arrays = static_cast<int>(num_rows);
-  for (int64_t i = 0; i < num_rows; ++i) {
-    const auto x = args.get<ffi::AnyBuffer>(i);
-    const auto recv = rets.get<ffi::AnyBuffer>(i);
-    p.rows[i] = {Data<char>(*x), Data<char>(**recv), static_cast<int64_t>(x->size_bytes()) / p.num_tokens};
-    if (static_cast<int64_t>((*recv)->size_bytes()) != p.rows[i].row_bytes * max_recv_tokens) {
-      return InvalidArgument(name, "a result must have max_recv_tokens rows of its operand's size");
-    }
-  }
-  if (has_weights != 0) {
-    p.topk_weights = Data<float>(*args.get<ffi::AnyBuffer>(num_rows));
-    p.recv_weights = Data<float>(**rets.get<ffi::AnyBuffer>(num_rows));
-  }
-  if (cached) {
-    p.slot = Data<int32_t>(*args.get<ffi::AnyBuffer>(moved));
-    p.recv_slot = Data<int32_t>(*args.get<ffi::AnyBuffer>(moved + 1));
-    p.counts = Data<int32_t>(*args.get<ffi::AnyBuffer>(moved + 2));
-  } else {
-    p.topk_idx = Data<int32_t>(*args.get<ffi::AnyBuffer>(moved));
-    p.slot = Data<int32_t>(**rets.get<ffi::AnyBuffer>(moved));
-    p.recv_slot = Data<int32_t>(**rets.get<ffi::AnyBuffer>(moved + 1));
-    p.counts = Data<int32_t>(**rets.get<ffi::AnyBuffer>(moved + 2));
-    if (num_routed == 4) p.recv_topk_idx = Data<int32_t>(**rets.get<ffi::AnyBuffer>(moved + 3));
-  }
-  if (!DispatchFits(p, static_cast<int>(num_ranks)))
-    return InvalidArgument(name, "the kernel does not take this shape");
+  if (ffi::Error error = ReadDispatchOperands(operation, name, attributes, args, rets, &p); error.failure())
+    return error;
+  const int num_ranks = static_cast<int>(attributes.num_ranks);
+  if (!DispatchFits(p, num_ranks)) return InvalidArgument(name, "the kernel does not take this shape");
   Member member;
   if (ffi::Error error = FindMember(name, stream, device, run, devices, num_ranks, &member); error.failure())
     return error;
@@ -72,8 +30,8 @@ ffi::Error Run(Operation operation, const char* name, cudaStream_t stream, int32
   p.group = member.view();
   p.refused = member.refused();
   DispatchConfig config;
-  if (num_sms > 0) config.num_sms = static_cast<int>(num_sms);
-  return Report(name, member, LaunchDispatch(p, static_cast<int>(num_ranks), config, stream));
+  if (attributes.num_sms > 0) config.num_sms = static_cast<int>(attributes.num_sms);
+  return Report(name, member, LaunchDispatch(p, num_ranks, config, stream));
 }
 
 template <Operation operation>
@@ -81,11 +39,9 @@ ffi::Error Handle(cudaStream_t stream, int32_t device, ffi::RunId run, ffi::Span
                   int64_t num_ranks, int64_t num_experts, int64_t layout, int64_t expert_alignment,
                   int64_t expert_capacity, int64_t max_recv_tokens, int64_t num_rows, int64_t has_weights,
                   int64_t num_sms, ffi::RemainingArgs args, ffi::RemainingRets rets) {
-  constexpr const char* kName = operation == kDispatch ? "dispatch"
-                                : operation == kNotify ? "notify"
-                                                       : "dispatch_cached";
-  return Run(operation, kName, stream, device, run, devices, num_ranks, num_experts, layout, expert_alignment,
-             expert_capacity, max_recv_tokens, num_rows, has_weights, num_sms, args, rets);
+  const DispatchAttributes attributes{num_ranks,       num_experts,     layout,   expert_alignment, expert_capacity,
+                                      max_recv_tokens, num_rows,        has_weights, num_sms};
+  return Run(operation, NameOf(operation), stream, device, run, devices, attributes, args, rets);
 }
 
 auto Binding() {

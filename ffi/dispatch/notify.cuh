@@ -3,6 +3,8 @@
 // write slots.
 #pragma once
 
+#include <type_traits>
+
 #include "device/warp.cuh"
 #include "dispatch/plan.cuh"
 
@@ -34,9 +36,10 @@ __device__ __forceinline__ TokenRange WarpTokens(const DispatchPlan& plan) {
   return {begin + (end - begin) * warp / kDispatchWarps, begin + (end - begin) * (warp + 1) / kDispatchWarps};
 }
 
-// Counts this block's tokens and puts the counts into every rank's window. Ends with the block synchronised, ready to
-// post.
-__device__ inline void CountTokens(const DispatchPlan& plan, const Call& call, const NotifyShared& notify) {
+// Counts this block's tokens: `put(bin, count)` tells the ranks of each. By all threads, which then synchronise and post.
+template <class Put>
+__device__ inline void CountTokens(const DispatchPlan& plan, const Call& call, const NotifyShared& notify,
+                                   const Put& put) {
   const DispatchParams& p = plan.params;
   const int lane = threadIdx.x % 32, num_experts = p.num_experts, experts_per_rank = num_experts / call.num_ranks;
   int32_t* hist = notify.hist + threadIdx.x / 32 * plan.num_bins;
@@ -64,10 +67,7 @@ __device__ inline void CountTokens(const DispatchPlan& plan, const Call& call, c
   for (int bin = threadIdx.x; bin < plan.num_bins; bin += kDispatchThreads) {
     int count = 0;
     for (int warp = 0; warp < kDispatchWarps; ++warp) count += notify.hist[warp * plan.num_bins + bin];
-    for (int i = 0; i < call.num_ranks; ++i) {
-      const int peer = (call.rank + 1 + i) % call.num_ranks;
-      call.Peer(peer)->counts[call.parity][call.rank][blockIdx.x][bin] = count;
-    }
+    put(bin, count);
   }
 }
 
@@ -164,15 +164,19 @@ __device__ inline void PlaceExperts(const DispatchPlan& plan, const Call& call, 
   __syncthreads();
 }
 
+// For WriteSlots where the ranks do not reach each other's results: nothing but slot is written.
+struct OutOfReach {};
+
 // Layouts "expert" and "batched": slot, the peers' recv_slot and weights of this warp's tokens.
+template <class Shared>
 __device__ inline void WriteExpertSlots(const DispatchPlan& plan, const Call& call, const NotifyShared& notify,
-                                        const DispatchShared& shared) {
+                                        const Shared& shared) {
   const DispatchParams& p = plan.params;
   const int lane = threadIdx.x % 32, num_local = p.num_experts / call.num_ranks;
   int32_t* next = notify.hist + threadIdx.x / 32 * plan.num_bins;
   const TokenRange tokens = WarpTokens(plan);
   const int begin = tokens.begin * p.num_topk, end = tokens.end * p.num_topk;
-  const int64_t mine = static_cast<int64_t>(call.rank) * p.num_tokens * p.num_topk;
+  [[maybe_unused]] const int64_t mine = static_cast<int64_t>(call.rank) * p.num_tokens * p.num_topk;
   const auto load = [&](int i) { return i < end ? p.topk_idx[i] : -1; };
   int next_expert = load(begin + lane);
   for (int base = begin; base < end; base += 32) {
@@ -191,25 +195,28 @@ __device__ inline void WriteExpertSlots(const DispatchPlan& plan, const Call& ca
     if (expert < 0 || row >= limit) row = -1;
     if (i >= end) continue;
     p.slot[i] = row >= 0 ? rank * p.max_recv_tokens + row : -1;
-    for (int n = 0; n < call.num_ranks; ++n) {
-      const int peer = (call.rank + 1 + n) % call.num_ranks;
-      reinterpret_cast<int32_t*>(shared.address[peer][kRecvSlot])[mine + i] = peer == rank ? row : -1;
-    }
-    if (row >= 0 && p.topk_weights != nullptr) {
-      reinterpret_cast<float*>(shared.address[rank][kRecvWeights])[row] = p.topk_weights[i];
+    if constexpr (std::is_same_v<Shared, DispatchShared>) {
+      for (int n = 0; n < call.num_ranks; ++n) {
+        const int peer = (call.rank + 1 + n) % call.num_ranks;
+        reinterpret_cast<int32_t*>(shared.address[peer][kRecvSlot])[mine + i] = peer == rank ? row : -1;
+      }
+      if (row >= 0 && p.topk_weights != nullptr) {
+        reinterpret_cast<float*>(shared.address[rank][kRecvWeights])[row] = p.topk_weights[i];
+      }
     }
   }
 }
 
 // Layout "rank": one row a (token, rank), named by all its choices there; they and their gates go along.
+template <class Shared>
 __device__ inline void WriteRankSlots(const DispatchPlan& plan, const Call& call, const NotifyShared& notify,
-                                      const DispatchShared& shared) {
+                                      const Shared& shared) {
   const DispatchParams& p = plan.params;
   const int lane = threadIdx.x % 32, num_local = p.num_experts / call.num_ranks, num_topk = p.num_topk;
   int32_t* next = notify.hist + threadIdx.x / 32 * plan.num_bins + p.num_experts;
   int32_t* token_row = notify.token_row + threadIdx.x / 32 * 32 * call.num_ranks;
   const TokenRange tokens = WarpTokens(plan);
-  const int64_t mine = static_cast<int64_t>(call.rank) * p.num_tokens * num_topk;
+  [[maybe_unused]] const int64_t mine = static_cast<int64_t>(call.rank) * p.num_tokens * num_topk;
   for (int base = tokens.begin; base < tokens.end; base += 32) {
     const int token = base + lane;
     uint32_t ranks = 0;
@@ -228,21 +235,24 @@ __device__ inline void WriteRankSlots(const DispatchPlan& plan, const Call& call
     // Now a lane a choice, so that a row's choices leave in one store.
     const int num_choices = (min(base + 32, tokens.end) - base) * num_topk;
     for (int j = lane; j < num_choices; j += 32) {
-      const int i = base * num_topk + j, k = j % num_topk;
+      [[maybe_unused]] const int i = base * num_topk + j, k = j % num_topk;
       const int expert = p.topk_idx[i];
       const int rank = expert >= 0 && expert < p.num_experts ? expert / num_local : -1;
       const int32_t* rows = token_row + j / num_topk * call.num_ranks;
       const int row = rank >= 0 ? rows[rank] : -1;
       p.slot[i] = row >= 0 ? rank * p.max_recv_tokens + row : -1;
-      const float weight = p.topk_weights != nullptr ? p.topk_weights[i] : 0.f;
-      for (int n = 0; n < call.num_ranks; ++n) {
-        const int peer = (call.rank + 1 + n) % call.num_ranks;
-        reinterpret_cast<int32_t*>(shared.address[peer][kRecvSlot])[mine + i] = peer == rank ? row : -1;
-        if (rows[peer] < 0) continue;
-        const int64_t place = static_cast<int64_t>(rows[peer]) * num_topk + k;
-        reinterpret_cast<int32_t*>(shared.address[peer][kRecvTopkIdx])[place] = peer == rank ? expert % num_local : -1;
-        if (p.topk_weights != nullptr) {
-          reinterpret_cast<float*>(shared.address[peer][kRecvWeights])[place] = peer == rank ? weight : 0.f;
+      if constexpr (std::is_same_v<Shared, DispatchShared>) {
+        const float weight = p.topk_weights != nullptr ? p.topk_weights[i] : 0.f;
+        for (int n = 0; n < call.num_ranks; ++n) {
+          const int peer = (call.rank + 1 + n) % call.num_ranks;
+          reinterpret_cast<int32_t*>(shared.address[peer][kRecvSlot])[mine + i] = peer == rank ? row : -1;
+          if (rows[peer] < 0) continue;
+          const int64_t place = static_cast<int64_t>(rows[peer]) * num_topk + k;
+          reinterpret_cast<int32_t*>(shared.address[peer][kRecvTopkIdx])[place] =
+              peer == rank ? expert % num_local : -1;
+          if (p.topk_weights != nullptr) {
+            reinterpret_cast<float*>(shared.address[peer][kRecvWeights])[place] = peer == rank ? weight : 0.f;
+          }
         }
       }
     }

@@ -57,7 +57,8 @@ def _cuda(ctx: Any, one: Any, *, axis_name: tuple[str, ...], num_ranks: int) -> 
     if groups is None:
         return _lower_reference(ctx, one, axis_name=axis_name, num_ranks=num_ranks)
     devices = np.array(groups, np.int64).reshape(-1)
-    return jax.ffi.ffi_lowering(targets.BARRIER, has_side_effect=True)(
+    target = targets.INTERNODE_BARRIER if group.spans_nodes(groups) else targets.BARRIER
+    return jax.ffi.ffi_lowering(target, has_side_effect=True)(
         ctx, one, devices=devices, num_ranks=np.int64(num_ranks)
     )
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import jax
 
-from jax_ep._src import compat, coordination, peers, targets
+from jax_ep._src import compat, coordination, internode, peers, targets
 from jax_ep._src.config import config
 
 _state = {"initialized": False, "resumed": 0}
@@ -23,6 +23,8 @@ def initialize() -> None:
     Every process calls it. It checks that all of them are there and run the same jax_ep and jaxlib, since ranks with
     different protocols would wait for each other for ever. On GPUs the processes of one host then map each other's memory,
     so that kernels serve groups that span them; where that is not possible XLA's collectives do, and a warning says why.
+    Where there are several hosts, NVSHMEM is set up for groups that span those; that it is missing is told when such a group
+    is first compiled.
 
     In a single process, and when called again, it does nothing. After an error of its own it may be called again: a process
     that came too late is then found. After a call over several processes has failed, every later one fails too, until every
@@ -42,6 +44,7 @@ def initialize() -> None:
         if not _state["initialized"]:
             _meet(client, me, num_processes)
             peers.exchange(client, me, num_processes, peers.CudaMemory())
+            internode.exchange(client, me, num_processes)
         _resume(client, me, num_processes)
     elif client is None and not _state["initialized"] and jax.process_count() > 1:
         raise RuntimeError(

@@ -1,9 +1,9 @@
 """The primitives on CUDA: which kernel serves a call, and what it is told. The table at the end says which primitives have one.
 
 Whatever a kernel does not take falls back, with the same meaning: from low latency to high throughput (groups over several
-processes too), from there to the reference: no peer access, processes on several hosts, empty arrays, shapes beyond the
-kernel's limits. The halves of a call are low latency or the reference's. Neighbours: group.py finds the devices,
-ffi/*/*_ffi.cc are the other side.
+processes too), from there to the reference: no peer access, empty arrays, shapes beyond the kernel's limits. The halves of a
+call are low latency or the reference's. Groups over several nodes have kernels of their own, which take what the others
+take; there low latency is one hop instead of two. Neighbours: group.py finds the devices, ffi/*/*_ffi.cc are the other side.
 """
 
 from __future__ import annotations
@@ -25,6 +25,8 @@ Rule = Callable[..., Any]
 MAX_TOPK = 32  # one lane of a warp a choice
 MAX_BINS = 2080  # counts that a block publishes: kMaxBins in ffi/group/window.h
 MAX_RANKS = 32
+MIN_PIECE = 28672  # bytes of a row that cross nodes in one message, at least
+MAX_STEPS = 2**23  # messages of a call between two ranks, so kMaxSteps in ffi/group/window.h
 INT_MAX = 2**31 - 1
 IN_FLIGHT_BYTES = 16  # that a start leaves at the head of its first result, for its done
 
@@ -126,8 +128,11 @@ def _reference(meaning: Rule) -> Rule:
     return compat.mlir.lower_fun(meaning, multiple_results=True)
 
 
-def _groups(ctx: Any, routing: Routing) -> group.Groups | None:
-    return group.along(ctx.module_context.axis_context, routing.axis_name)
+def _groups(ctx: Any, routing: Routing, rows: Any = ()) -> group.Groups | None:
+    """The groups that kernels serve; over nodes not if `rows` are too many messages."""
+    groups = group.along(ctx.module_context.axis_context, routing.axis_name)
+    messages = routing.num_tokens * (sum(map(_row_bytes, rows)) // MIN_PIECE + 2)
+    return None if groups is not None and messages >= MAX_STEPS and group.spans_nodes(groups) else groups
 
 
 def _call_dispatch(
@@ -153,6 +158,10 @@ def _call_dispatch(
     )
     if target in targets.LOW_LATENCY_DISPATCHES:
         attributes |= _int64(wire=0 if wire is None else 1 + list(quantized.FORMATS).index(wire))
+    elif group.spans_nodes(devices):
+        target = targets.INTERNODE_DISPATCHES[target]
+        row_bytes = sum(_row_bytes(row) for row in ctx.avals_in[:num_rows])
+        attributes |= _int64(direct=_wants_low_latency(routing, row_bytes))
     rule = jax.ffi.ffi_lowering(target)
     return _launched_once(rule(ctx, *operands, devices=np.array(devices, np.int64).reshape(-1), **attributes))
 
@@ -190,7 +199,7 @@ def _dispatch(ctx: Any, *operands: Any, routing: Routing, num_rows: int, has_wei
             ctx, *operands, routing=routing, num_rows=num_rows, has_weights=has_weights, wire=wire
         )
     rows = ctx.avals_in[:num_rows]
-    devices = _groups(ctx, routing) if _dispatch_fits(rows, routing) else None
+    devices = _groups(ctx, routing, rows) if _dispatch_fits(rows, routing) else None
     if devices is None:
         static = {"routing": routing, "num_rows": num_rows, "has_weights": has_weights, "wire": wire}
         return _reference(reference.dispatch)(ctx, *operands, **static)
@@ -225,7 +234,7 @@ def _encode_and_dispatch(*operands: jax.Array, routing: Routing, num_rows: int, 
 
 def _dispatch_cached(ctx: Any, *operands: Any, routing: Routing, num_rows: int, has_weights: bool) -> Any:
     rows = ctx.avals_in[:num_rows]
-    devices = _groups(ctx, routing) if _dispatch_fits(rows, routing) else None
+    devices = _groups(ctx, routing, rows) if _dispatch_fits(rows, routing) else None
     if devices is None:
         static = {"routing": routing, "num_rows": num_rows, "has_weights": has_weights}
         return _reference(reference.dispatch_cached)(ctx, *operands, **static)
@@ -275,23 +284,30 @@ def _call_combine(
     ctx: Any, operands: Any, routing: Routing, devices: Any, has_rows: bool, has_weights: bool, has_carried: bool
 ) -> Any:
     attributes = _combine_attributes(routing, has_rows, has_weights, has_carried, devices)
+    over_nodes = group.spans_nodes(devices)
     window = _combine_window(ctx.avals_in[: int(has_rows)], routing, has_carried)
     if window > 0 and group.make_arenas(devices, window):
         return _launched_once(jax.ffi.ffi_lowering(targets.LOW_LATENCY_COMBINE)(ctx, *operands, **attributes))
     avals_out = list(ctx.avals_out)
     *moved, slot, recv_slot, _ = operands
-    if has_rows and routing.layout != "rank" and routing.num_ranks > 1:
-        # Where the peers put their sums. A result like the others, so that XLA finds room for it call by call.
+    num_scratch = 0 if routing.layout == "rank" else routing.num_ranks - 1
+    if over_nodes:
+        num_scratch = min(routing.num_topk, routing.num_ranks)
+        row_bytes = sum(_row_bytes(row) for row in ctx.avals_in[: int(has_rows)])
+        attributes |= _int64(direct=_wants_low_latency(routing, row_bytes))
+    if has_rows and num_scratch > 0:
+        # Where the ranks' sums wait. A result like the others, so that XLA finds room for it call by call.
         out = avals_out[0]
-        avals_out.append(jax.core.ShapedArray((routing.num_ranks - 1, *out.shape), out.dtype))
+        avals_out.append(jax.core.ShapedArray((num_scratch, *out.shape), out.dtype))
     ctx = ctx.replace(avals_in=[*ctx.avals_in[:-1]], avals_out=avals_out)
-    results = jax.ffi.ffi_lowering(targets.COMBINE)(ctx, *moved, slot, recv_slot, **attributes)
+    target = targets.INTERNODE_COMBINE if over_nodes else targets.COMBINE
+    results = jax.ffi.ffi_lowering(target)(ctx, *moved, slot, recv_slot, **attributes)
     return _launched_once(results)[: int(has_rows) + int(has_carried)]
 
 
 def _combine(ctx: Any, *operands: Any, routing: Routing, num_rows: int, has_weights: bool, wire: str | None) -> Any:
     fits = wire is None and _combine_fits(ctx.avals_in[:num_rows], routing)
-    devices = _groups(ctx, routing) if fits else None
+    devices = _groups(ctx, routing, ctx.avals_in[:num_rows]) if fits else None
     if devices is None:
         static = {"routing": routing, "num_rows": num_rows, "has_weights": has_weights, "wire": wire}
         return _reference(reference.combine)(ctx, *operands, **static)
@@ -300,7 +316,7 @@ def _combine(ctx: Any, *operands: Any, routing: Routing, num_rows: int, has_weig
 
 def _combine_weighted(ctx: Any, *operands: Any, routing: Routing, wire: str | None) -> Any:
     fits = wire is None and _combine_fits(ctx.avals_in[:1], routing)
-    devices = _groups(ctx, routing) if fits else None
+    devices = _groups(ctx, routing, ctx.avals_in[:1]) if fits else None
     if devices is None:
         return _reference(reference.combine_weighted)(ctx, *operands, routing=routing, wire=wire)
     return _call_combine(ctx, operands, routing, devices, True, True, False)

@@ -14,9 +14,11 @@ from typing import Any
 import jax
 import numpy as np
 
-from jax_ep._src import compat, coordination, peers, targets
+from jax_ep._src import compat, coordination, internode, peers, targets
 
 Groups = tuple[peers.Group, ...]
+
+_over_nodes: set[Groups] = set()  # that the kernels of ffi/internode serve
 
 
 def along(axis_context: Any, axis_name: tuple[str, ...]) -> Groups | None:
@@ -30,11 +32,13 @@ def along(axis_context: Any, axis_name: tuple[str, ...]) -> Groups | None:
         return None
     devices = np.moveaxis(mesh.devices, [mesh.axis_names.index(name) for name in axis_name], range(len(axis_name)))
     num_ranks = int(np.prod(devices.shape[: len(axis_name)]))
-    return _of_devices(tuple(map(tuple, devices.reshape(num_ranks, -1).T)), peers.world())
+    return _of_devices(tuple(map(tuple, devices.reshape(num_ranks, -1).T)), peers.world(), internode.world())
 
 
 @functools.lru_cache(maxsize=256)
-def _of_devices(device_groups: tuple[tuple[Any, ...], ...], world: peers.World | None) -> Groups | None:
+def _of_devices(
+    device_groups: tuple[tuple[Any, ...], ...], world: peers.World | None, nodes: internode.World | None
+) -> Groups | None:
     devices = [device for group in device_groups for device in group]
     if any(device.platform != "gpu" for device in devices):
         return None
@@ -43,6 +47,9 @@ def _of_devices(device_groups: tuple[tuple[Any, ...], ...], world: peers.World |
     if not here or None in ordinals.values():
         return None
     groups = tuple(tuple(device.id for device in group) for group in device_groups)
+    processes = [[device.process_index for device in group] for group in device_groups]
+    if nodes is not None and any(nodes.spans(group) for group in processes):
+        return _of_nodes(groups, processes, nodes, ordinals)
     number = None
     if len(here) == len(devices):
         if not all(targets.have_peer_access([ordinals[i] for i in group]) for group in groups):
@@ -60,12 +67,7 @@ def _of_devices(device_groups: tuple[tuple[Any, ...], ...], world: peers.World |
             if number is None:
                 why_not = f"there are more than jax_ep.config.max_groups = {world.max_groups} groupings of devices"
         if why_not:
-            warnings.warn(
-                f"jax_ep: XLA's collectives, not the kernels, serve a group over several processes: {why_not}",
-                RuntimeWarning,
-                stacklevel=2,
-            )
-            return None
+            return _leave_to_collectives(why_not)
     targets.set_ordinals({device.id: device.local_hardware_id for device in here[0].client.local_devices()})
     for group in groups:
         if ordinals.keys() >= set(group):
@@ -74,6 +76,49 @@ def _of_devices(device_groups: tuple[tuple[Any, ...], ...], world: peers.World |
             places = [targets.Place(*place) for place in world.places(group, number, ordinals)]
             targets.make_spanning_group(list(group), places)
     return groups
+
+
+def _leave_to_collectives(why_not: str) -> None:
+    warnings.warn(
+        f"jax_ep: XLA's collectives, not the kernels, serve a group over several processes: {why_not}",
+        RuntimeWarning,
+        stacklevel=4,
+    )
+
+
+def _of_nodes(
+    groups: Groups, processes: list[list[int]], nodes: internode.World, ordinals: dict[int, int]
+) -> Groups | None:
+    """The same for groups of which one lies on several nodes; `processes` are those of its ranks."""
+    if nodes.collectives:
+        return _leave_to_collectives(f"{internode.ACROSS_NODES} asks for it")
+    if nodes.why_not:
+        raise RuntimeError(f"jax_ep: a group over several nodes needs NVSHMEM. {nodes.why_not}. {internode.INSTALL}.")
+    try:
+        for group in processes:
+            targets.nodes_of([nodes.nodes[process] for process in group])
+    except RuntimeError as error:
+        return _leave_to_collectives(str(error))
+    number = coordination.claim(compat.distributed_client(), "rooms", repr(groups), nodes.max_groups)
+    if number is None:
+        return _leave_to_collectives(
+            f"there are more than jax_ep.config.max_groups = {nodes.max_groups} groupings of devices"
+        )
+    targets.set_ordinals(ordinals)
+    for group, its_processes in zip(groups, processes, strict=True):
+        if not ordinals.keys().isdisjoint(group):
+            berths = [
+                targets.Berth(process, ordinals.get(device, -1), nodes.nodes[process], nodes.room(process, number))
+                for device, process in zip(group, its_processes, strict=True)
+            ]
+            targets.make_internode_group(list(group), berths, nodes.box_bytes)
+    _over_nodes.add(groups)
+    return groups
+
+
+def spans_nodes(groups: Groups) -> bool:
+    """Whether the kernels for several nodes serve these groups."""
+    return groups in _over_nodes
 
 
 @functools.cache

@@ -13,6 +13,11 @@ COMBINE = "jax_ep_combine"
 DISPATCH = "jax_ep_dispatch"
 DISPATCH_CACHED = "jax_ep_dispatch_cached"
 DISPATCH_LAYOUT = "jax_ep_dispatch_layout"
+INTERNODE_BARRIER = "jax_ep_internode_barrier"
+INTERNODE_COMBINE = "jax_ep_internode_combine"
+INTERNODE_DISPATCH = "jax_ep_internode_dispatch"
+INTERNODE_DISPATCH_CACHED = "jax_ep_internode_dispatch_cached"
+INTERNODE_NOTIFY = "jax_ep_internode_notify"
 LOW_LATENCY_COMBINE = "jax_ep_low_latency_combine"
 LOW_LATENCY_COMBINE_DONE = "jax_ep_low_latency_combine_done"
 LOW_LATENCY_COMBINE_START = "jax_ep_low_latency_combine_start"
@@ -30,6 +35,12 @@ LOW_LATENCY_DISPATCHES = (
     LOW_LATENCY_DISPATCH_START,
     LOW_LATENCY_NOTIFY,
 )
+
+INTERNODE_DISPATCHES = {
+    DISPATCH: INTERNODE_DISPATCH,
+    DISPATCH_CACHED: INTERNODE_DISPATCH_CACHED,
+    NOTIFY: INTERNODE_NOTIFY,
+}
 
 Version = tuple[int, int]
 
@@ -67,20 +78,27 @@ check_ffi_api(_core.ffi_api, installed_ffi_api(jax.ffi.include_dir()))
 for _target, _handler in _core.handlers().items():
     jax.ffi.register_ffi_target(_target, _handler, platform="CUDA")
 
+Berth = _core.Berth
 Place = _core.Place
+box_bytes = _core.box_bytes
 built_ffi_api: Version = _core.ffi_api
 cuda_version: Version = _core.cuda_version
 export_allocation = _core.export_allocation
 has_failed_spanning = _core.has_failed_spanning
 have_peer_access = _core.have_peer_access
 import_memory = _core.import_memory
+install_internode = _core.install_internode
+internode_plan = _core.internode_plan
 low_latency_combine_bytes = _core.low_latency_combine_bytes
 low_latency_dispatch_bytes = _core.low_latency_dispatch_bytes
 make_arenas = _core.make_arenas
 make_group = _core.make_group
+make_internode_group = _core.make_internode_group
 make_shared_memory = _core.make_shared_memory
 make_spanning_group = _core.make_spanning_group
+nodes_of = _core.nodes_of
 resume = _core.resume
+room_bytes = _core.room_bytes
 set_ordinals = _core.set_ordinals
 set_timeout = _core.set_timeout
 spanning_generation = _core.spanning_generation

@@ -14,182 +14,31 @@
 #include <cstdlib>
 #include <thread>
 
+#include "check.h"
 #include "group/barrier.h"
 #include "group/group.h"
-#include "ranks.h"
 
 using namespace jax_ep;
 
 namespace {
 
-bool CheckCase(Case c, int stride = 1) {
-  Finish(c);
-  const int R = c.num_ranks;
-  Ranks& ranks = Ranks::Of(R);
-  std::mt19937 random(c.seed + 77);
-  const auto routing = Route(c);
-  std::vector<std::unique_ptr<Memory>> memory;
-  std::vector<Arrays> arrays;
-  std::vector<std::vector<char>> x(R), x_again(R), second(R), y(R);
-  std::vector<std::vector<float>> weights(R), gates(R), carried(R);
-  const int64_t per_row = c.layout == Layout::kRank ? c.num_topk : 1;
-  std::uniform_real_distribution<float> uniform(-1, 1);
-  for (int r = 0; r < R; ++r) {
-    x[r] = RandomRows(c, c.num_tokens, random);
-    x_again[r] = RandomRows(c, c.num_tokens, random);
-    y[r] = RandomRows(c, c.capacity, random);
-    second[r].resize(c.num_tokens * c.second_bytes);
-    for (char& byte : second[r]) byte = static_cast<char>(random());
-    weights[r].resize(c.choices());
-    gates[r].resize(c.capacity);
-    carried[r].resize(c.capacity * per_row);
-    for (auto* list : {&weights[r], &gates[r], &carried[r]}) {
-      for (float& value : *list) value = uniform(random);
-    }
-    memory.push_back(std::make_unique<Memory>(ranks.device[r]));
-    arrays.push_back(MakeArrays(c, *memory[r], ranks.group.view(r), true));
-    DispatchParams& d = arrays[r].dispatch;
-    d.topk_idx = memory[r]->Put(routing[r].topk_idx);
-    if (c.weights) d.topk_weights = memory[r]->Put(weights[r]);
-    arrays[r].combine.y = memory[r]->Put(y[r]);
+struct NvlinkCalls {
+  cudaError_t Dispatch(int, const DispatchParams& params, const Case& c, cudaStream_t stream) const {
+    DispatchConfig config;
+    config.num_sms = c.num_sms, config.num_send_blocks = c.num_send_blocks;
+    return LaunchDispatch(params, c.num_ranks, config, stream);
   }
-  if (!DispatchFits(arrays[0].dispatch, R) || !CombineFits(arrays[0].combine, R)) {
-    std::printf("%-40s does not fit\n", c.name.c_str());
-    return false;
+  cudaError_t Combine(int, const CombineParams& params, const Case& c, cudaStream_t stream) const {
+    CombineConfig config;
+    config.num_sms = c.num_sms;
+    return LaunchCombine(params, config, stream);
   }
-  std::vector<const char*> x_device(R), x_again_device(R), second_device(R);
-  std::vector<const float*> gates_device(R), carried_device(R);
-  for (int r = 0; r < R; ++r) {
-    x_device[r] = memory[r]->Put(x[r]), x_again_device[r] = memory[r]->Put(x_again[r]);
-    second_device[r] = memory[r]->Put(second[r]);
-    gates_device[r] = memory[r]->Put(gates[r]), carried_device[r] = memory[r]->Put(carried[r]);
+  cudaError_t Barrier(const GroupView* view, int, int32_t* came, cudaStream_t stream) const {
+    return LaunchBarrier(view, false, came, stream);
   }
-  for (int device = 0; device < g_num_devices; ++device) {
-    CHECK_CUDA(cudaSetDevice(device));
-    CHECK_CUDA(cudaDeviceSynchronize());
-  }
-  DispatchConfig dispatch_config;
-  dispatch_config.num_sms = c.num_sms, dispatch_config.num_send_blocks = c.num_send_blocks;
-  CombineConfig combine_config;
-  combine_config.num_sms = c.num_sms;
+};
 
-  bool ok = true;
-  const auto check_rows = [&](const char* what, const std::vector<std::vector<char>>& source, bool all) {
-    for (int r = 0; r < R; ++r) {
-      CHECK_CUDA(cudaSetDevice(ranks.device[r]));
-      const DispatchParams& d = arrays[r].dispatch;
-      ok &= Same(what, r, d.rows[0].recv, ReceivedRows(c, routing, r, c.row_bytes(), source), c.row_bytes());
-      if (c.second_bytes > 0)
-        ok &= Same("second array", r, d.rows[1].recv, ReceivedRows(c, routing, r, c.second_bytes, second),
-                   c.second_bytes);
-      if (c.weights) ok &= Same("weights", r, d.recv_weights, ReceivedWeights(c, routing, r, weights));
-      if (!all) continue;
-      ok &= Same("slot", r, d.slot, routing[r].slot, c.num_topk);
-      ok &= Same("recv_slot", r, d.recv_slot, routing[r].recv_slot, c.num_topk);
-      ok &= Same("counts", r, d.counts, routing[r].counts);
-      if (c.layout == Layout::kRank)
-        ok &= Same("recv_topk_idx", r, d.recv_topk_idx, routing[r].recv_topk_idx, c.num_topk);
-    }
-  };
-  const auto poison = [&] {
-    for (int r = 0; r < R; ++r) {
-      CHECK_CUDA(cudaSetDevice(ranks.device[r]));
-      CHECK_CUDA(cudaMemset(arrays[r].dispatch.rows[0].recv, 0xab, c.capacity * c.row_bytes()));
-      CHECK_CUDA(cudaMemset(arrays[r].combine.out, 0xab, c.num_tokens * c.row_bytes()));
-      CHECK_CUDA(cudaDeviceSynchronize());
-    }
-  };
-  for (int repeat = 0; repeat < 2 && ok; ++repeat) {
-    poison();
-    ranks.Launch([&](int r, cudaStream_t stream) {
-      DispatchParams d = arrays[r].dispatch;
-      d.rows[0].x = x_device[r], d.rows[1].x = second_device[r];
-      return LaunchDispatch(d, R, dispatch_config, stream);
-    });
-    ok &= ranks.Wait();
-    check_rows("dispatch", x, true);
-  }
-  poison();
-  ranks.Launch([&](int r, cudaStream_t stream) {
-    DispatchParams d = arrays[r].dispatch;
-    d.operation = kDispatchCached;
-    d.topk_idx = nullptr;
-    d.rows[0].x = x_again_device[r], d.rows[1].x = second_device[r];
-    return LaunchDispatch(d, R, dispatch_config, stream);
-  });
-  ok &= ranks.Wait();
-  check_rows("dispatch_cached", x_again, true);
-  for (int weighted = 0; weighted < (c.layout == Layout::kRank ? 1 : 2); ++weighted) {
-    poison();
-    ranks.Launch([&](int r, cudaStream_t stream) {
-      CombineParams b = arrays[r].combine;
-      b.weights = weighted ? gates_device[r] : nullptr;
-      b.carried = carried_device[r];
-      return LaunchCombine(b, combine_config, stream);
-    });
-    ok &= ranks.Wait();
-    for (int r = 0; r < R; ++r) {
-      CHECK_CUDA(cudaSetDevice(ranks.device[r]));
-      ok &= Same(weighted ? "combine weighted" : "combine", r, arrays[r].combine.out,
-                 Combined(c, routing, r, y, weighted ? &gates : nullptr, stride), c.row_bytes(), stride);
-      ok &= Same("carried_back", r, arrays[r].combine.carried_back, CarriedBack(c, routing, r, carried));
-    }
-  }
-  ranks.Launch([&](int r, cudaStream_t stream) {
-    return LaunchBarrier(ranks.group.view(r), false, arrays[r].dispatch.counts, stream);
-  });
-  ok &= ranks.Wait();
-  for (int r = 0; r < R; ++r) {
-    CHECK_CUDA(cudaSetDevice(ranks.device[r]));
-    ok &= Same("barrier", r, arrays[r].dispatch.counts, std::vector<int32_t>{R});
-  }
-  std::printf("%-44s R %d T %5d K %2d E %4d C %6d H %5lld sms %2d: %s\n", c.name.c_str(), R, c.num_tokens, c.num_topk,
-              c.num_experts, c.capacity, (long long)c.hidden, c.num_sms, ok ? "ok" : "FAILED");
-  std::fflush(stdout);
-  return ok;
-}
-
-std::vector<Case> SmallCases(int R) {
-  const auto bf16 = RowDtype::kBfloat16;
-  std::vector<Case> cases = {
-      {"expert", R, 37, 3, 4 * R, Layout::kExpert, 1, 0, 0, bf16, 128},
-      {"expert aligned, drops, second array", R, 64, 4, 2 * R, Layout::kExpert, 16, 0, 40 * R, RowDtype::kFloat16, 2880,
-       23},
-      {"rank, drops", R, 50, 4, 4 * R, Layout::kRank, 1, 0, 40 * R, RowDtype::kFloat32, 64, 16},
-      {"batched, drops", R, 33, 2, 2 * R, Layout::kBatched, 1, 9 * R, 0, bf16, 256, 12},
-      {"tiny rows, all to expert 0", R, 70, 2, 2 * R, Layout::kExpert, 8, 0, 0, RowDtype::kFloat32, 4, 0, true, 0.9},
-      {"long rows", R, 19, 2, 2 * R, Layout::kExpert, 4, 0, 0, bf16, 20000},
-  };
-  for (Case& c : cases) c.num_sms = 3, c.num_send_blocks = 2;
-  return cases;
-}
-
-Case RandomCase(std::mt19937& random) {
-  const auto pick = [&](std::vector<int> values) { return values[random() % values.size()]; };
-  Case c;
-  c.name = "random";
-  c.num_ranks = pick({1, 2, 2, 3, 4, 4, 5, 8});
-  c.num_tokens = pick({1, 2, 7, 31, 64, 128, 200, 513});
-  c.num_topk = pick({1, 2, 3, 4, 6, 8, 8, 16, 32});
-  c.num_experts = c.num_ranks * pick({1, 2, 3, 8, 32, 40});
-  while (c.num_experts < c.num_topk) c.num_experts *= 2;
-  c.layout = static_cast<Layout>(pick({0, 0, 1, 2}));
-  c.alignment = pick({1, 1, 8, 64, 128});
-  c.expert_capacity = c.layout == Layout::kBatched ? pick({0, 5, 64}) : 0;
-  c.capacity = pick({0, 0, 100, 1000});
-  if (c.layout == Layout::kBatched) c.capacity = 0;
-  c.dtype = static_cast<RowDtype>(pick({0, 0, 1, 2}));
-  c.hidden = 8 * pick({1, 1, 3, 16, 64, 100, 360, 896, 1500});
-  if (int64_t(c.num_ranks) * c.num_tokens * c.num_topk * c.hidden > 64 << 20) c.hidden = 128;
-  c.second_bytes = pick({0, 0, 1, 16, 28, 92, 224});
-  c.weights = pick({0, 1, 1});
-  c.skew = pick({0, 0, 0, 1}) * 0.7;
-  c.invalid = pick({0, 1}) * 0.1;
-  c.num_sms = pick({1, 2, 5, 12, 16});
-  c.num_send_blocks = pick({1, 2, 3, 12});
-  c.seed = random();
-  return c;
-}
+bool CheckCase(const Case& c, int stride = 1) { return CheckCalls(c, Ranks::Of(c.num_ranks), NvlinkCalls{}, stride); }
 
 int Check(int argc, char** argv) {
   bool ok = true;

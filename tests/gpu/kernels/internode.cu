@@ -1,0 +1,290 @@
+// The kernels over nodes without XLA and without NVSHMEM: every rank a stream of this process, several ranks on one GPU
+// where there are fewer GPUs than ranks, nodes pretended, and the network stores to rooms of the same process.
+//
+//   internode check [seed count]   named and random cases on many shapes of nodes against oracle.h, bitwise, each twice
+//   internode timeout              one rank does not call: the others must say so, and later calls must be right
+//   internode bench                4096 tokens of DeepSeek-V3's layer: time of a call, bytes that leave a rank
+//
+// nvcc -O3 -std=c++17 -Iffi -rdc=true -gencode arch=compute_90a,code=sm_90a -o internode tests/gpu/kernels/internode.cu
+//   ffi/internode/internode_{dispatch,combine,barrier}.cu ffi/internode/internode_group.cc ffi/dispatch/dispatch.cu
+//   ffi/combine/combine.cu ffi/low_latency/*.cu ffi/group/barrier.cu ffi/group/group.cc
+#include <algorithm>
+#include <cstdio>
+#include <cstdlib>
+#include <thread>
+
+#include "check.h"
+#include "device/ptx.cuh"
+#include "internode/internode.h"
+#include "internode/internode_group.h"
+#include "internode/plan.h"
+#include "internode/transport.cuh"
+
+namespace jax_ep {
+
+// ---- the network
+
+namespace {
+template <class T>
+__device__ T* There(const InternodeView& view, int peer, T* own) {
+  return reinterpret_cast<T*>(reinterpret_cast<char*>(view.room_of[peer]) +
+                              (reinterpret_cast<const char*>(own) - reinterpret_cast<const char*>(view.room)));
+}
+}  // namespace
+
+__device__ void PutAndSignal(const InternodeView& view, int peer, char* target, const char* source, int64_t num_bytes,
+                             uint64_t* flag, uint64_t value) {
+  char* const there = There(view, peer, target);
+  for (int64_t i = threadIdx.x % 32 * 4; i < num_bytes; i += 128) {
+    *reinterpret_cast<int32_t*>(there + i) = __ldcg(reinterpret_cast<const int32_t*>(source + i));
+  }
+  __syncwarp();
+  FenceSys();
+  if (threadIdx.x % 32 == 0) StoreRelaxedSys(There(view, peer, flag), value);
+  __syncwarp();
+}
+
+__device__ void SignalOverNetwork(const InternodeView& view, int peer, uint64_t* flag, uint64_t value) {
+  StoreRelaxedSys(There(view, peer, flag), value);
+}
+
+__device__ void SettleArrival(uint64_t*, uint64_t) {}
+
+}  // namespace jax_ep
+
+using namespace jax_ep;
+
+namespace {
+
+// A group whose ranks lie on nodes as said.
+struct NodeRanks {
+  Ranks ranks;
+  std::vector<InternodeView> views;
+
+  static NodeRanks& Of(const std::vector<int>& node_of_rank) {
+    static std::map<std::vector<int>, NodeRanks*> all;
+    if (all[node_of_rank] != nullptr) return *all[node_of_rank];
+    const int num_ranks = static_cast<int>(node_of_rank.size());
+    static int next_id = 1000;
+    std::vector<int> ids(num_ranks), devices(num_ranks);
+    std::vector<Place> places(num_ranks);
+    std::vector<cudaStream_t> streams(num_ranks);
+    std::vector<Room*> rooms(num_ranks);
+    for (int i = 0; i < num_ranks; ++i) {
+      ids[i] = next_id++, devices[i] = i % g_num_devices;
+      CHECK_CUDA(cudaSetDevice(devices[i]));
+      CHECK_CUDA(cudaMalloc(reinterpret_cast<void**>(&rooms[i]), RoomBytes(num_ranks)));
+      CHECK_CUDA(cudaMemset(rooms[i], 0, RoomBytes(num_ranks)));
+      CHECK_CUDA(cudaStreamCreateWithFlags(&streams[i], cudaStreamNonBlocking));
+      CHECK_CUDA(LoadInternodeDispatch());
+      CHECK_CUDA(LoadInternodeCombine());
+      CHECK_CUDA(LoadInternodeBarrier());
+      CHECK_CUDA(cudaDeviceSynchronize());
+      places[i].device = devices[i];
+      places[i].window = reinterpret_cast<uint64_t>(rooms[i]);
+    }
+    Group::MakeSpanning(ids, places);
+    auto* made = new NodeRanks{{Group::OfDevices(ids), devices, streams}, {}};
+    for (int i = 0; i < num_ranks; ++i) {
+      InternodeView view{};
+      view.nodes = NodesOf(node_of_rank);
+      view.room = rooms[i];
+      view.box_bytes = BoxBytes(num_ranks);
+      for (int j = 0; j < num_ranks; ++j) view.room_of[j] = rooms[j], view.pe[j] = j;
+      made->views.push_back(view);
+    }
+    return *(all[node_of_rank] = made);
+  }
+};
+
+struct NodeCalls {
+  const std::vector<InternodeView>& views;
+  bool direct;
+  int64_t box_bytes;
+
+  InternodeView View(int rank) const {
+    InternodeView view = views[rank];
+    view.box_bytes = box_bytes;
+    return view;
+  }
+  cudaError_t Dispatch(int rank, const DispatchParams& params, const Case& c, cudaStream_t stream) const {
+    return LaunchInternodeDispatch(params, View(rank), {c.num_sms, direct}, stream);
+  }
+  cudaError_t Combine(int rank, const CombineParams& params, const Case& c, cudaStream_t stream) const {
+    return LaunchInternodeCombine(params, View(rank), {c.num_sms, direct}, stream);
+  }
+  cudaError_t Barrier(const GroupView* view, int rank, int32_t* came, cudaStream_t stream) const {
+    return LaunchInternodeBarrier(view, View(rank), false, came, stream);
+  }
+};
+
+bool CheckOnNodes(const std::vector<int>& nodes, Case c, bool direct, int64_t box_bytes, int stride = 1) {
+  NodeRanks& ranks = NodeRanks::Of(nodes);
+  c.num_ranks = static_cast<int>(nodes.size());
+  std::string where;
+  for (int node : nodes) where += std::to_string(node);
+  c.name = where + (direct ? " direct " : " ") + std::to_string(box_bytes >> 20) + " MiB " + c.name;
+  return CheckCalls(c, ranks.ranks, NodeCalls{ranks.views, direct, box_bytes}, stride);
+}
+
+const std::vector<std::vector<int>> kShapes = {{0},          {0, 0},       {0, 1},       {0, 0, 1, 1},
+                                               {0, 1, 0, 1}, {0, 1, 2},    {0, 1, 2, 3}, {0, 0, 0, 0, 1, 1, 1, 1},
+                                               {0, 0, 1, 1, 2, 2, 3, 3}, {2, 0, 1, 1, 2, 0}};
+
+int Check(int argc, char** argv) {
+  bool ok = true;
+  for (const auto& nodes : kShapes) {
+    for (const Case& c : SmallCases(static_cast<int>(nodes.size()))) ok &= CheckOnNodes(nodes, c, false, 1 << 20);
+  }
+  const auto bf16 = RowDtype::kBfloat16;
+  const Case models[] = {
+      {"DeepSeek-V3", 2, 4096, 8, 256, Layout::kExpert, 128, 0, 40960, bf16, 7168, 0, true, 0, 0, 24},
+      {"DeepSeek-V3 rank", 2, 4096, 8, 256, Layout::kRank, 1, 0, 0, bf16, 7168, 0, true, 0, 0, 24},
+  };
+  for (const Case& c : models) ok &= CheckOnNodes({0, 1}, c, false, BoxBytes(2), 37);
+  std::mt19937 random(argc > 2 ? std::atoi(argv[2]) : 1);
+  const int count = argc > 3 ? std::atoi(argv[3]) : 60;
+  int wrong = 0;
+  for (int i = 0; i < count; ++i) {
+    const auto& nodes = kShapes[random() % kShapes.size()];
+    Case c = RandomCase(random);
+    c.num_experts = c.num_experts / c.num_ranks * static_cast<int>(nodes.size());
+    while (c.num_experts < c.num_topk) c.num_experts *= 2;
+    c.num_ranks = static_cast<int>(nodes.size());
+    if (int64_t(c.num_ranks) * c.num_tokens * c.num_topk * c.hidden > 64 << 20) c.hidden = 128;
+    const int64_t box_bytes = random() % 2 ? 1 << 20 : BoxBytes(c.num_ranks);
+    wrong += !CheckOnNodes(nodes, c, random() % 4 == 0, box_bytes);
+  }
+  std::printf("%s\n", ok && wrong == 0 ? "INTERNODE CHECK OK" : "INTERNODE CHECK FAILED");
+  return ok && wrong == 0 ? 0 : 1;
+}
+
+int Timeout() {
+  Group::SetTimeout(0.5);
+  const std::vector<int> nodes = {0, 0, 1, 1};
+  const int R = static_cast<int>(nodes.size());
+  Case c{"around a timeout", R, 100, 4, 16, Layout::kExpert, 8, 0, 0, RowDtype::kBfloat16, 512};
+  bool ok = CheckOnNodes(nodes, c, false, 1 << 20);
+  NodeRanks& ranks = NodeRanks::Of(nodes);
+  Finish(c);
+  const auto routing = Route(c);
+  for (int missing = 0; missing < R; missing += 3) {
+    for (bool late : {false, true}) {
+      std::vector<std::unique_ptr<Memory>> memory;
+      std::vector<Arrays> arrays;
+      for (int r = 0; r < R; ++r) {
+        memory.push_back(std::make_unique<Memory>(ranks.ranks.device[r]));
+        arrays.push_back(MakeArrays(c, *memory[r], ranks.ranks.group.view(r), true));
+        DispatchParams& d = arrays[r].dispatch;
+        d.topk_idx = memory[r]->Put(routing[r].topk_idx);
+        d.rows[0].x = memory[r]->Make<char>(c.num_tokens * c.row_bytes(), 1);
+        d.topk_weights = memory[r]->Make<float>(c.choices(), 0);
+        CHECK_CUDA(cudaDeviceSynchronize());
+      }
+      const auto launch = [&](int r) {
+        CHECK_CUDA(cudaSetDevice(ranks.ranks.device[r]));
+        CHECK_CUDA(LaunchInternodeDispatch(arrays[r].dispatch, ranks.views[r], {}, ranks.ranks.stream[r]));
+      };
+      for (int r = 0; r < R; ++r) {
+        if (r != missing) launch(r);
+      }
+      if (late) {
+        std::this_thread::sleep_for(std::chrono::milliseconds(1500));
+        launch(missing);
+      }
+      const bool told = !ranks.ranks.Wait(30);
+      bool zero = true;
+      for (int r = 0; r < R; ++r) {
+        if (r == missing && !late) continue;
+        CHECK_CUDA(cudaSetDevice(ranks.ranks.device[r]));
+        zero &= Same("result after a timeout", r, arrays[r].dispatch.rows[0].recv,
+                     std::vector<char>(c.capacity * c.row_bytes(), 0));
+      }
+      std::printf("rank %d %s: told %d, zero %d\n", missing, late ? "late" : "missing", told, zero);
+      ok &= told && zero && CheckOnNodes(nodes, c, false, 1 << 20);
+    }
+  }
+  std::printf("%s\n", ok ? "INTERNODE TIMEOUT OK" : "INTERNODE TIMEOUT FAILED");
+  return ok ? 0 : 1;
+}
+
+// A call's time, back to back, by the slowest rank.
+int Bench() {
+  for (const auto& nodes : {std::vector<int>{0, 1}, std::vector<int>{0, 0}, std::vector<int>{0, 1, 2, 3}}) {
+    const int R = static_cast<int>(nodes.size());
+    if (R > g_num_devices) continue;
+    Case c{"DeepSeek-V3", R, 4096, 8, 256, Layout::kRank, 1, 0, 0, RowDtype::kBfloat16, 7168, 0, true, 0, 0, 24};
+    Finish(c);
+    NodeRanks& ranks = NodeRanks::Of(nodes);
+    const auto routing = Route(c);
+    std::vector<std::unique_ptr<Memory>> memory;
+    std::vector<Arrays> arrays;
+    int64_t leaving = 0;
+    for (int r = 0; r < R; ++r) {
+      memory.push_back(std::make_unique<Memory>(ranks.ranks.device[r]));
+      arrays.push_back(MakeArrays(c, *memory[r], ranks.ranks.group.view(r), true));
+      DispatchParams& d = arrays[r].dispatch;
+      d.topk_idx = memory[r]->Put(routing[r].topk_idx);
+      d.rows[0].x = memory[r]->Make<char>(c.num_tokens * c.row_bytes(), 1);
+      d.topk_weights = memory[r]->Make<float>(c.choices(), 0);
+      arrays[r].combine.y = memory[r]->Make<char>(c.capacity * c.row_bytes(), 1);
+      for (int peer = 0; peer < R; ++peer) {
+        for (int t = 0; t < c.num_tokens && r == 0 && peer != 0; ++t) {
+          bool goes = false;
+          for (int k = 0; k < c.num_topk; ++k) {
+            const int slot = routing[0].slot[t * c.num_topk + k];
+            goes |= slot >= 0 && slot / c.capacity == peer;
+          }
+          leaving += goes ? c.row_bytes() : 0;
+        }
+      }
+      CHECK_CUDA(cudaDeviceSynchronize());
+    }
+    for (int num_sms : {12, 24, 48}) {
+      for (const char* what : {"dispatch", "combine"}) {
+        constexpr int kRepeats = 30;
+        std::vector<cudaEvent_t> begin(R), end(R);
+        ranks.ranks.Launch([&](int r, cudaStream_t stream) {
+          CHECK_CUDA(cudaEventCreate(&begin[r]));
+          CHECK_CUDA(cudaEventCreate(&end[r]));
+          for (int i = 0; i < kRepeats + 5; ++i) {
+            if (i == 5) CHECK_CUDA(cudaEventRecord(begin[r], stream));
+            if (what[0] == 'd') {
+              CHECK_CUDA(LaunchInternodeDispatch(arrays[r].dispatch, ranks.views[r], {num_sms, false}, stream));
+            } else {
+              CHECK_CUDA(LaunchInternodeCombine(arrays[r].combine, ranks.views[r], {num_sms, false}, stream));
+            }
+          }
+          return cudaEventRecord(end[r], stream);
+        });
+        if (!ranks.ranks.Wait()) return 1;
+        float slowest = 0;
+        for (int r = 0; r < R; ++r) {
+          float milliseconds = 0;
+          CHECK_CUDA(cudaEventElapsedTime(&milliseconds, begin[r], end[r]));
+          slowest = std::max(slowest, milliseconds);
+        }
+        const double us = slowest * 1000 / kRepeats;
+        std::printf("%d ranks, %s %s, %d SMs: %.0f us, %.0f GB/s leave a rank\n", R, nodes[1] != 0 ? "a node each" : "one node",
+                    what, num_sms, us, leaving / us / 1000);
+        std::fflush(stdout);
+      }
+    }
+  }
+  return 0;
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  setenv("CUDA_DEVICE_MAX_CONNECTIONS", "32", 1);
+  CHECK_CUDA(cudaGetDeviceCount(&g_num_devices));
+  const std::string what = argc > 1 ? argv[1] : "";
+  Group::SetTimeout(4);
+  int result = 1;
+  if (what == "check") result = Check(argc, argv);
+  if (what == "timeout") result = Timeout();
+  if (what == "bench") result = Bench();
+  std::fflush(stdout);
+  return result;
+}
