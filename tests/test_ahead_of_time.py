@@ -246,3 +246,35 @@ def test_where_kernels_cannot_serve_the_reference_is_compiled(mesh, monkeypatch)
     compiled = compile_for_gpus(mesh, network(mesh))
     assert launches(compiled) == []
     assert set(collectives(compiled)) == {"all-gather", "all-to-all"}
+
+
+@pytest.mark.parametrize("mode", ["high_throughput", "low_latency"])
+@pytest.mark.parametrize("layout", ["expert", "rank", "batched"])
+def test_over_nodes_the_calls_are_the_same_by_kernels_of_their_own(mesh, layout, mode, monkeypatch):
+    monkeypatch.setattr(group, "make_arenas", lambda groups, window_bytes: False)
+    monkeypatch.setattr(group, "spans_nodes", lambda groups: True)
+    compiled = compile_for_gpus(mesh, gradient(network(mesh, layout=layout, mode=mode)))
+    names = ["dispatch", "combine", "dispatch_cached", "combine"]
+    assert launches(compiled) == [f"internode_{name}" for name in names]
+    assert set(collectives(compiled)) <= {"all-reduce"}  # of the replicated parameters' gradients
+
+
+def test_over_nodes_values_and_scales_go_in_one_call_and_halves_by_the_collectives(mesh, monkeypatch):
+    monkeypatch.setattr(group, "make_arenas", lambda groups, window_bytes: False)
+    monkeypatch.setattr(group, "spans_nodes", lambda groups: True)
+    compiled = compile_for_gpus(mesh, network(mesh, wire="fp8"))
+    assert launches(compiled) == ["internode_dispatch", "internode_combine"]
+    (dispatch,) = re.findall(r"= \((.*?)\) custom-call.*internode_dispatch\"", compiled.as_text())
+    assert f"f8e4m3fn[{5 * T},{H}]" in dispatch and f"f32[{5 * T},{H // 128}]" in dispatch
+    halves = compile_for_gpus(mesh, network(mesh, mode="low_latency", halves=True))
+    assert launches(halves) == ["internode_notify"] and "all-gather" in collectives(halves)
+
+
+def test_a_barrier_over_nodes_is_one_kernel(mesh, monkeypatch):
+    monkeypatch.setattr(group, "spans_nodes", lambda groups: True)
+
+    def f(x, routers, scales):
+        return jax.lax.optimization_barrier((x, jax_ep.barrier("expert")))[0]
+
+    sharded = jax.shard_map(f, mesh=mesh, in_specs=(P("expert"), P(), P()), out_specs=P("expert"))
+    assert launches(compile_for_gpus(mesh, sharded)) == ["internode_barrier"]

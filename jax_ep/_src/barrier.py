@@ -58,9 +58,7 @@ def _cuda(ctx: Any, one: Any, *, axis_name: tuple[str, ...], num_ranks: int) -> 
         return _lower_reference(ctx, one, axis_name=axis_name, num_ranks=num_ranks)
     devices = np.array(groups, np.int64).reshape(-1)
     target = targets.INTERNODE_BARRIER if group.spans_nodes(groups) else targets.BARRIER
-    return jax.ffi.ffi_lowering(target, has_side_effect=True)(
-        ctx, one, devices=devices, num_ranks=np.int64(num_ranks)
-    )
+    return jax.ffi.ffi_lowering(target, has_side_effect=True)(ctx, one, devices=devices, num_ranks=np.int64(num_ranks))
 
 
 _lower_reference = compat.mlir.lower_fun(_reference, multiple_results=True)

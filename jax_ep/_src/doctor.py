@@ -30,7 +30,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jax_ep._src import bootstrap, compat, coordination, peers, targets
+from jax_ep._src import bootstrap, compat, coordination, internode, peers, targets
 from jax_ep._src.combine import combine
 from jax_ep._src.config import config
 from jax_ep._src.dispatch import dispatch
@@ -114,6 +114,7 @@ def examine(process: int, met: str | None) -> Report:
     gpus = [device for device in here if device.platform == "gpu"]
     report["peer_access"] = [[a is b or bool(reach(a, b)) for b in gpus] for a in gpus]
     report["links"] = links() if gpus else {}
+    report["across_nodes"] = internode.describe()
     if gpus and not all(map(all, report["peer_access"])):
         report["problems"].append(
             "the GPUs do not reach each other's memory: XLA's collectives serve instead of the kernels"
@@ -124,8 +125,8 @@ def examine(process: int, met: str | None) -> Report:
     elif not report["exchange"]["right"]:
         report["problems"].append("the exchange gave wrong results")
     elif gpus and report["exchange"]["why_not"] and len({device.process_index for device in jax.devices()}) > 1:
-        world = peers.world()
-        if world is None or len(set(world.hosts)) == 1:
+        nodes = internode.world()
+        if nodes is None or not nodes.collectives:
             report["problems"].append(
                 f"XLA's collectives serve instead of the kernels: {report['exchange']['why_not']}"
             )
@@ -255,7 +256,10 @@ def exchange(num_tokens: int = 64, hidden: int = 256, repeats: int = 20) -> dict
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             text = round_trip.lower(*args).as_text()
-        found["served_by"] = "kernels" if f"@{targets.DISPATCH}(" in text else "XLA's collectives"
+        served_by = {targets.DISPATCH: "kernels", targets.INTERNODE_DISPATCH: "kernels over NVSHMEM"}
+        found["served_by"] = next(
+            (who for target, who in served_by.items() if f"@{target}(" in text), "XLA's collectives"
+        )
         found["why_not"] = next((str(w.message).split(": ", 2)[-1] for w in caught if "jax_ep" in str(w.message)), None)
         out = round_trip(*args)
         found["right"] = all(
@@ -327,6 +331,8 @@ def rows(report: Report) -> list[tuple[str, str]]:
         found.append((f"links of {gpu}", ", ".join(f"{other} {link}" for other, link in others.items()) or "none"))
     if access := report.get("peer_access"):
         found.append(("peer access", "all to all" if all(map(all, access)) else json.dumps(access)))
+    if across := report.get("across_nodes"):
+        found.append(("across nodes", across))
     if exchange := report.get("exchange"):
         took = f", {exchange['microseconds']:g} µs a call" if exchange["microseconds"] else ""
         why_not = f" ({exchange['why_not']})" if exchange["why_not"] else ""

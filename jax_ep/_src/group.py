@@ -37,7 +37,7 @@ def along(axis_context: Any, axis_name: tuple[str, ...]) -> Groups | None:
 
 @functools.lru_cache(maxsize=256)
 def _of_devices(
-    device_groups: tuple[tuple[Any, ...], ...], world: peers.World | None, nodes: internode.World | None
+    device_groups: tuple[tuple[Any, ...], ...], world: peers.World | None, nodes: internode.World | None = None
 ) -> Groups | None:
     devices = [device for group in device_groups for device in group]
     if any(device.platform != "gpu" for device in devices):

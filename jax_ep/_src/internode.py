@@ -97,7 +97,9 @@ class Nvshmem:
         if self._kernels.status() < 2:  # hostlib_init_attr may return 0 all the same
             raise RuntimeError(f"NVSHMEM's initialisation ended in status {self._kernels.status()}; NVSHMEM_DEBUG=INFO")
         if self._bindings.my_pe() != me:
-            raise RuntimeError(f"NVSHMEM was initialised by somebody else, as number {self._bindings.my_pe()}, not {me}")
+            raise RuntimeError(
+                f"NVSHMEM was initialised by somebody else, as number {self._bindings.my_pe()}, not {me}"
+            )
         if why_not := self._kernels.attach(self._device):
             raise RuntimeError(f"the kernels found no NVSHMEM: {why_not}")
         targets.install_internode(self._kernels.kernels())
@@ -113,15 +115,19 @@ class Nvshmem:
         return int(self._bindings.ptr(address, process))
 
 
-def load_host_library() -> None:
-    """Loads libnvshmem_host.so.3 for all to see: jax_ep._internode and nvshmem4py ask for it by name, XLA may have it."""
+def host_library() -> Path | None:
+    """libnvshmem_host.so.3 of the package nvidia-nvshmem-cu13; None where that is not installed."""
     spec = importlib.util.find_spec("nvidia")
-    for place in spec.submodule_search_locations or () if spec else ():
-        library = Path(place) / "nvshmem/lib/libnvshmem_host.so.3"
-        if library.is_file():
-            ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
-            return
-    ctypes.CDLL("libnvshmem_host.so.3", mode=ctypes.RTLD_GLOBAL)
+    places = (
+        Path(place) / "nvshmem/lib/libnvshmem_host.so.3"
+        for place in (spec.submodule_search_locations or () if spec else ())
+    )
+    return next((place for place in places if place.is_file()), None)
+
+
+def load_host_library() -> None:
+    """Loads it, or the system's, for all to see: jax_ep._internode and nvshmem4py ask for it by name, XLA may have it."""
+    ctypes.CDLL(str(host_library() or "libnvshmem_host.so.3"), mode=ctypes.RTLD_GLOBAL)
 
 
 # ---- nodes -----------------------------------------------------------------------------------------------------------
@@ -137,7 +143,9 @@ def ranks_per_node() -> int | None:
     if told is None:
         return None
     if not told.isdigit() or int(told) < 1:
-        raise RuntimeError(f"initialize: {RANKS_PER_NODE} must be a positive number, got {told!r}. Unset it outside of tests.")
+        raise RuntimeError(
+            f"initialize: {RANKS_PER_NODE} must be a positive number, got {told!r}. Unset it outside of tests."
+        )
     return int(told)
 
 
@@ -192,7 +200,9 @@ def world() -> World | None:
     return _world
 
 
-def exchange(client: Any, me: int, num_processes: int, make_transport: Callable[[], Transport] = Nvshmem) -> World | None:
+def exchange(
+    client: Any, me: int, num_processes: int, make_transport: Callable[[], Transport] = Nvshmem
+) -> World | None:
     """Agrees with all processes on the nodes, and where there are several sets NVSHMEM up.
 
     Every process calls it; later calls return what the first found.
@@ -251,7 +261,9 @@ def _set_up(transport: Transport, identity: bytes, me: int, nodes: list[int], nu
         if node == nodes[me]:
             rooms[process] = address if process == me else transport.mapped(address, process)
             if rooms[process] == 0:
-                raise RuntimeError(f"process {process} is on the same node, and its memory is not mapped: no peer access")
+                raise RuntimeError(
+                    f"process {process} is on the same node, and its memory is not mapped: no peer access"
+                )
     return rooms
 
 
@@ -274,3 +286,27 @@ def _within_deadline(what: str, call: Callable[[], Any]) -> Any:
     if not result:
         raise RuntimeError(f"{what} did not end within {config.timeout:g} s: do all processes reach each other?")
     return result[0]
+
+
+# ---- for the doctor --------------------------------------------------------------------------------------------------
+
+
+def describe() -> str:
+    """What this process has for groups over nodes, in a phrase; nothing is loaded for it."""
+    missing = [
+        what
+        for module, what in (
+            ("jax_ep._internode", "the kernels (jax_ep was built without NVSHMEM)"),
+            ("nvshmem", "nvshmem4py"),
+        )
+        if importlib.util.find_spec(module) is None
+    ]
+    installed = f"without {' and '.join(missing)}" if missing else "NVSHMEM installed"
+    if _world is None:
+        return f"{installed}; all processes lie on one node"
+    num_nodes = len(set(_world.nodes))
+    if _world.collectives:
+        return f"{num_nodes} nodes, served by XLA's collectives: {ACROSS_NODES} asks for it"
+    if _world.why_not:
+        return f"{num_nodes} nodes, not served: {_world.why_not}"
+    return f"{num_nodes} nodes, served by NVSHMEM; {_world.max_groups * _world.room_bytes / 2**20:.0f} MiB a process"

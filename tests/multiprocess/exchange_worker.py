@@ -77,12 +77,12 @@ def close(got, expected, name):
 # ---- checks ----------------------------------------------------------------------------------------------------------
 
 
-def exchange(c):
+def exchange(c, **static):
     """dispatch with all its results, dispatch_cached, combine with and without gates: every bit is the oracle's."""
     weighted = c.layout != "rank"
 
     def f(x, topk_idx, weights, other_x):
-        recv, handle = dispatch(c, x, topk_idx, weights)
+        recv, handle = dispatch(c, x, topk_idx, weights, **static)
         y = recv.x * jnp.asarray(0.375, recv.x.dtype)
         sums = jax_ep.combine(y, handle), jax_ep.combine(y, handle, recv.weights) if weighted else None
         return recv, handle, jax_ep.dispatch_cached(other_x, handle), y, sums

@@ -50,7 +50,16 @@ def test_people_read_the_same_with_and_without_rich(capsys, monkeypatch, rich):
     assert doctor.main(["doctor"]) == 0
     text = capsys.readouterr().out
     assert ("│" in text) == rich
-    for word in ("process 0 on", "jaxlib", "device 0", "dispatch, combine", "right, by", "µs a call", "healthy"):
+    for word in (
+        "process 0 on",
+        "jaxlib",
+        "device 0",
+        "across nodes",
+        "dispatch, combine",
+        "right, by",
+        "µs a call",
+        "healthy",
+    ):
         assert word in text
 
 

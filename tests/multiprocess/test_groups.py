@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import jax_ep
-from jax_ep._src import compat, coordination, group, peers, targets
+from jax_ep._src import compat, coordination, group, internode, peers, targets
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Made:
     """What ffi/group/ is asked for."""
 
     def __init__(self):
-        self.local, self.spanning, self.ordinals = [], {}, {}
+        self.local, self.spanning, self.over_nodes, self.ordinals = [], {}, {}, {}
 
 
 @pytest.fixture
@@ -61,11 +61,16 @@ def made(monkeypatch):
     monkeypatch.setattr(targets, "make_group", made.local.append)
     monkeypatch.setattr(targets, "make_spanning_group", lambda ids, places: made.spanning.update({tuple(ids): places}))
     monkeypatch.setattr(targets, "Place", lambda *fields: fields)
+    monkeypatch.setattr(targets, "Berth", lambda *fields: fields)
+    monkeypatch.setattr(
+        targets, "make_internode_group", lambda ids, berths, box_bytes: made.over_nodes.update({tuple(ids): berths})
+    )
+    monkeypatch.setattr(group, "_over_nodes", set())
     monkeypatch.setattr(compat, "distributed_client", lambda: None)
 
     def claim(client, topic, owner, count):
-        assert topic == "windows"
-        number = numbers.setdefault(owner, len(numbers))
+        assert topic in ("windows", "rooms")
+        number = numbers.setdefault((topic, owner), len(numbers))
         return number if number < count else None
 
     monkeypatch.setattr(coordination, "claim", claim)
@@ -74,9 +79,10 @@ def made(monkeypatch):
     group._of_devices.cache_clear()
 
 
-def along(monkeypatch, known, ids, shape=(-1,), names=("expert",)):
+def along(monkeypatch, known, ids, shape=(-1,), names=("expert",), nodes=None):
     """group.along of a mesh of these GPUs, and the warning, if any; the last axis is the experts'."""
     monkeypatch.setattr(peers, "world", lambda: known)
+    monkeypatch.setattr(internode, "world", lambda: nodes)
     by_id = {gpu.id: gpu for gpu in GPUS}
     mesh = types.SimpleNamespace(
         devices=np.array([by_id[i] for i in ids]).reshape(shape), axis_names=names, empty=False
@@ -154,6 +160,60 @@ def test_more_groupings_than_windows_are_served_by_the_collectives(monkeypatch, 
     groups, (warned,) = along(monkeypatch, known, [11, 12])
     assert groups is None and "more than jax_ep.config.max_groups = 2" in warned
     assert along(monkeypatch, known, [10, 12])[0] is not None  # those that have windows keep them
+
+
+# ---- over nodes: a GPU a process, processes 0 and 1 on one node, 2 and 3 on another
+
+ALONE = {i: Gpu(20 + i, i, 0 if i == 0 else None) for i in range(4)}
+
+
+def nodes(**facts):
+    known = {"nodes": [0, 0, 1, 1], "collectives": False, "why_not": None, "rooms": {0: 4096, 1: 8192}}
+    sizes = {"box_bytes": 100, "room_bytes": 1000, "max_groups": 2}
+    return internode.World(**(known | sizes | facts))
+
+
+@pytest.fixture
+def alone(monkeypatch, made):
+    monkeypatch.setattr("test_groups.GPUS", list(ALONE.values()))
+    return made
+
+
+def test_a_group_over_nodes_gets_rooms_and_the_kernels_for_it(monkeypatch, alone):
+    groups, warned = along(monkeypatch, world(), [20, 21, 22, 23], nodes=nodes())
+    assert groups == ((20, 21, 22, 23),) and not warned and group.spans_nodes(groups)
+    # process, ordinal, node, where its room is mapped here: not that of another node's.
+    assert alone.over_nodes[groups[0]] == [(0, 0, 0, 4096), (1, -1, 0, 8192), (2, -1, 1, 0), (3, -1, 1, 0)]
+    assert not alone.spanning and not alone.local and alone.ordinals == {20: 0}
+    again, _ = along(monkeypatch, world(), [20, 22, 21, 23], (2, 2), ("data", "expert"), nodes())
+    assert again == ((20, 22), (21, 23)) and set(alone.over_nodes) == {(20, 21, 22, 23), (20, 22)}
+    assert [berth[3] for berth in alone.over_nodes[20, 22]] == [5096, 0]  # the next room
+
+
+def test_a_group_inside_a_node_is_served_as_ever_though_there_are_several(monkeypatch, alone):
+    groups, _ = along(monkeypatch, None, [20, 21, 22, 23], (2, 2), ("data", "expert"), nodes(why_not="no NVSHMEM"))
+    assert groups is None and not alone.over_nodes  # for another reason: nothing was exchanged
+
+
+def test_where_nvshmem_is_missing_lowering_says_what_to_install(monkeypatch, alone):
+    missing = nodes(why_not="process 3: nvshmem4py is not installed")
+    with pytest.raises(
+        RuntimeError, match=r"needs NVSHMEM\. process 3: nvshmem4py is not .* pip install 'jax_ep\[nvshmem\]'"
+    ):
+        along(monkeypatch, world(), [20, 21, 22, 23], nodes=missing)
+
+
+@pytest.mark.parametrize(
+    ("facts", "ids", "why"),
+    [
+        ({"collectives": True, "why_not": "no NVSHMEM"}, [20, 22], "JAX_EP_ACROSS_NODES asks for it"),
+        ({}, [20, 21, 22], "as many ranks on each"),
+        ({"max_groups": 0}, [20, 22], "more than jax_ep.config.max_groups = 0"),
+    ],
+)
+def test_what_the_kernels_over_nodes_do_not_take_is_left_to_the_collectives(monkeypatch, alone, facts, ids, why):
+    groups, (warned,) = along(monkeypatch, world(), ids, nodes=nodes(**facts))
+    assert groups is None and why in warned and not alone.over_nodes
 
 
 @pytest.mark.parametrize("number", [0, -1, 2.5])

@@ -97,6 +97,10 @@ struct NodeRanks {
   }
 };
 
+}  // namespace
+
+namespace jax_ep {
+
 struct NodeCalls {
   const std::vector<InternodeView>& views;
   bool direct;
@@ -118,6 +122,10 @@ struct NodeCalls {
   }
 };
 
+}  // namespace jax_ep
+
+namespace {
+
 bool CheckOnNodes(const std::vector<int>& nodes, Case c, bool direct, int64_t box_bytes, int stride = 1) {
   NodeRanks& ranks = NodeRanks::Of(nodes);
   c.num_ranks = static_cast<int>(nodes.size());
@@ -127,9 +135,16 @@ bool CheckOnNodes(const std::vector<int>& nodes, Case c, bool direct, int64_t bo
   return CheckCalls(c, ranks.ranks, NodeCalls{ranks.views, direct, box_bytes}, stride);
 }
 
-const std::vector<std::vector<int>> kShapes = {{0},          {0, 0},       {0, 1},       {0, 0, 1, 1},
-                                               {0, 1, 0, 1}, {0, 1, 2},    {0, 1, 2, 3}, {0, 0, 0, 0, 1, 1, 1, 1},
-                                               {0, 0, 1, 1, 2, 2, 3, 3}, {2, 0, 1, 1, 2, 0}};
+const std::vector<std::vector<int>> kShapes = {{0},
+                                               {0, 0},
+                                               {0, 1},
+                                               {0, 0, 1, 1},
+                                               {0, 1, 0, 1},
+                                               {0, 1, 2},
+                                               {0, 1, 2, 3},
+                                               {0, 0, 0, 0, 1, 1, 1, 1},
+                                               {0, 0, 1, 1, 2, 2, 3, 3},
+                                               {2, 0, 1, 1, 2, 0}};
 
 int Check(int argc, char** argv) {
   bool ok = true;
@@ -265,8 +280,8 @@ int Bench() {
           slowest = std::max(slowest, milliseconds);
         }
         const double us = slowest * 1000 / kRepeats;
-        std::printf("%d ranks, %s %s, %d SMs: %.0f us, %.0f GB/s leave a rank\n", R, nodes[1] != 0 ? "a node each" : "one node",
-                    what, num_sms, us, leaving / us / 1000);
+        std::printf("%d ranks, %s %s, %d SMs: %.0f us, %.0f GB/s leave a rank\n", R,
+                    nodes[1] != 0 ? "a node each" : "one node", what, num_sms, us, leaving / us / 1000);
         std::fflush(stdout);
       }
     }

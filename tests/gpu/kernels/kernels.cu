@@ -20,7 +20,7 @@
 
 using namespace jax_ep;
 
-namespace {
+namespace jax_ep {
 
 struct NvlinkCalls {
   cudaError_t Dispatch(int, const DispatchParams& params, const Case& c, cudaStream_t stream) const {
@@ -37,6 +37,10 @@ struct NvlinkCalls {
     return LaunchBarrier(view, false, came, stream);
   }
 };
+
+}  // namespace jax_ep
+
+namespace {
 
 bool CheckCase(const Case& c, int stride = 1) { return CheckCalls(c, Ranks::Of(c.num_ranks), NvlinkCalls{}, stride); }
 

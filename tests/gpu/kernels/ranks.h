@@ -186,9 +186,7 @@ inline Arrays MakeArrays(const Case& c, Memory& memory, const GroupView* view, b
   b.slot = d.slot, b.recv_slot = d.recv_slot;
   b.out = memory.Make<char>(c.num_tokens * c.row_bytes(), 0xab);
   b.carried_back = memory.Make<float>(c.choices(), 0xab);
-  if (c.num_ranks > 1) {
-    b.scratch = memory.Make<char>(static_cast<int64_t>(c.num_ranks) * c.num_tokens * c.row_bytes(), 0xab);
-  }
+  b.scratch = memory.Make<char>(static_cast<int64_t>(c.num_ranks) * c.num_tokens * c.row_bytes(), 0xab);
   return a;
 }
 
