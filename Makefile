@@ -16,6 +16,7 @@ extras := test,examples$(if $(has_gpu),$(comma)cuda)
 compiled := $(shell find ffi cmake -type f) CMakeLists.txt pyproject.toml
 workers := $(if $(filter gpu,$(JAX_EP_TEST_PLATFORM)),0,auto --maxprocesses=8)
 
+nvshmem := nvidia-nvshmem-cu13==3.4.5
 pip := python -m pip install --quiet --disable-pip-version-check
 
 .PHONY: demo test test-newest-jax lint wheel clean
@@ -48,6 +49,8 @@ clean:
 	@.venv/bin/python .ci/requirements build > .venv/build-requirements.txt
 	@.venv/bin/$(pip) -r .venv/build-requirements.txt \
 	  || { echo "jax_ep could not be given its tools: pip reaches no package index that has them." >&2; exit 1; }
+	@.venv/bin/$(pip) --no-deps $(nvshmem) \
+	  || echo "jax_ep._internode, the kernels over several nodes, is left out: pip finds no $(nvshmem)." >&2
 	@touch $@
 
 .venv/installed: .venv/tools $(compiled)

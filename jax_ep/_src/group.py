@@ -78,12 +78,14 @@ def _of_devices(
     return groups
 
 
-def _leave_to_collectives(why_not: str) -> None:
+def _leave_to_collectives(why_not: str) -> Groups | None:
+    """None, and a warning that says why."""
     warnings.warn(
         f"jax_ep: XLA's collectives, not the kernels, serve a group over several processes: {why_not}",
         RuntimeWarning,
-        stacklevel=4,
+        stacklevel=3,
     )
+    return None
 
 
 def _of_nodes(
@@ -95,8 +97,8 @@ def _of_nodes(
     if nodes.why_not:
         raise RuntimeError(f"jax_ep: a group over several nodes needs NVSHMEM. {nodes.why_not}. {internode.INSTALL}.")
     try:
-        for group in processes:
-            targets.nodes_of([nodes.nodes[process] for process in group])
+        for members in processes:
+            targets.nodes_of([nodes.nodes[process] for process in members])
     except RuntimeError as error:
         return _leave_to_collectives(str(error))
     number = coordination.claim(compat.distributed_client(), "rooms", repr(groups), nodes.max_groups)

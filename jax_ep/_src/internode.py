@@ -65,6 +65,10 @@ class Nvshmem:
         if len(gpus) != 1:
             return f"it has {len(gpus)} GPUs, and NVSHMEM wants one process a GPU"
         self._device = gpus[0].local_hardware_id
+        return self.load()
+
+    def load(self) -> str | None:
+        """Imports the kernels and the bindings; what is missing, or None."""
         if importlib.util.find_spec("jax_ep._internode") is None:
             return "jax_ep was built without NVSHMEM: build it where nvidia-nvshmem-cu13 is installed"
         if importlib.util.find_spec("nvshmem") is None:
@@ -95,7 +99,9 @@ class Nvshmem:
             self._bindings.set_attr_uniqueid_args(me, num_processes, same.ptr, attributes.ptr)
             self._bindings.hostlib_init_attr(self._bindings.Flags.INIT_WITH_UNIQUEID, attributes.ptr)
         if self._kernels.status() < 2:  # hostlib_init_attr may return 0 all the same
-            raise RuntimeError(f"NVSHMEM's initialisation ended in status {self._kernels.status()}; NVSHMEM_DEBUG=INFO")
+            raise RuntimeError(
+                f"NVSHMEM's initialisation ended in status {self._kernels.status()}; NVSHMEM_DEBUG=INFO shows why"
+            )
         if self._bindings.my_pe() != me:
             raise RuntimeError(
                 f"NVSHMEM was initialised by somebody else, as number {self._bindings.my_pe()}, not {me}"
@@ -262,7 +268,8 @@ def _set_up(transport: Transport, identity: bytes, me: int, nodes: list[int], nu
             rooms[process] = address if process == me else transport.mapped(address, process)
             if rooms[process] == 0:
                 raise RuntimeError(
-                    f"process {process} is on the same node, and its memory is not mapped: no peer access"
+                    f"process {process} is on the same node, and its memory is not mapped: no peer access, or "
+                    "CUDA_VISIBLE_DEVICES hides its GPU"
                 )
     return rooms
 

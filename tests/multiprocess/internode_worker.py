@@ -2,6 +2,7 @@
 
 import functools
 import os
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -77,6 +78,21 @@ def one_fails():
     return agree(Pretended(fails="out of memory" if distributed.global_state.process_id == 2 else None))
 
 
+def rendezvous():
+    """The true NVSHMEM, as far as it goes without a GPU: the processes find each other, and then it has no device."""
+    client = distributed.global_state.client
+    me, num_processes = distributed.global_state.process_id, distributed.global_state.num_processes
+    transport = internode.Nvshmem()
+    assert transport.load() is None
+    identity = transport.unique_id().hex() if me == 0 else None
+    identity = coordination.gather(client, "identity", identity, me, num_processes)[0]
+    try:
+        transport.initialize(bytes.fromhex(identity), me, num_processes)
+    except RuntimeError as error:
+        return str(error)
+    return None
+
+
 def what_jax_ep_says():
     """initialize on CPU devices of two pretended nodes: nothing is loaded, and programs run."""
     jax_ep.initialize()
@@ -84,7 +100,7 @@ def what_jax_ep_says():
     num_devices = jax.device_count()
     mesh = jax.make_mesh((num_devices,), ("expert",))
     came = jax.jit(jax.shard_map(lambda: jax_ep.barrier("expert"), mesh=mesh, in_specs=(), out_specs=jax.P("expert")))()
-    maps = open("/proc/self/maps").read()
+    maps = Path("/proc/self/maps").read_text()
     return {
         "nodes": world.nodes,
         "why_not": world.why_not,

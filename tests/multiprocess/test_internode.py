@@ -147,10 +147,22 @@ def test_one_node_loads_nothing_and_needs_nothing():
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120, cwd="/")
 
 
-@pytest.mark.skipif(
+needs_nvshmem = pytest.mark.skipif(
     importlib.util.find_spec("jax_ep._internode") is None or internode.host_library() is None,
     reason="needs jax_ep built with NVSHMEM, and nvidia-nvshmem-cu13",
 )
+
+
+@pytest.mark.multiprocess
+@needs_nvshmem
+@pytest.mark.skipif(importlib.util.find_spec("nvshmem") is None, reason="needs nvshmem4py")
+def test_processes_find_each_other_through_nvshmem_and_lack_a_gpu():
+    environments = [{"NVSHMEM_REMOTE_TRANSPORT": "none", "CUDA_VISIBLE_DEVICES": ""}] * 2
+    for error in launch.run("internode_worker:rendezvous", devices_per_process=1, environments=environments):
+        assert "NVSHMEM's initialisation ended in status 1" in error
+
+
+@needs_nvshmem
 def test_the_module_imports_without_a_gpu():
     code = (
         "from jax_ep._src import internode\n"

@@ -26,8 +26,10 @@ def on_nodes(shape, worker, timeout=280, **variables):
     num_gpus, ranks_per_node = SHAPES[shape]
     if len(jax.devices()) < num_gpus:
         pytest.skip(f"needs {num_gpus} GPUs")
-    environments = [{"JAX_EP_RANKS_PER_NODE": str(ranks_per_node), **variables} for _ in range(num_gpus)]
-    gpus = [str(i) for i in range(num_gpus)]
+    # NVSHMEM reaches only GPUs that it sees: all are visible, and JAX takes one.
+    nodes = {"JAX_EP_RANKS_PER_NODE": str(ranks_per_node)}
+    environments = [{"JAX_CUDA_VISIBLE_DEVICES": str(i), **nodes, **variables} for i in range(num_gpus)]
+    gpus = [",".join(map(str, range(num_gpus)))] * num_gpus
     return launch.run(f"internode_worker:{worker}", gpus=gpus, environments=environments, timeout=timeout)
 
 
