@@ -88,8 +88,8 @@ int64_t LowLatencyCombineBytes(int num_ranks, int num_tokens, int num_topk, int 
   return jax_ep::LowLatencyCombineBytes(p, num_ranks);
 }
 
-// How a dispatch over nodes is cut, for tests and docs: {blocks, lanes, bytes of a ring, of a slot, of a message, pieces of
-// a row, messages of a chunk}.
+// How a dispatch over nodes is cut, for tests and docs: {blocks, lanes, bytes of a ring, of a slot, of a message,
+// pieces of a row, messages of a chunk}.
 nb::tuple InternodePlanOf(int num_nodes, int ranks_per_node, int num_tokens, int num_topk, int64_t row_bytes,
                           int64_t second_bytes, int num_sms, int num_processes) {
   const int64_t box = jax_ep::BoxBytes(num_processes);

@@ -39,8 +39,8 @@ ffi::Error Handle(cudaStream_t stream, int32_t device, ffi::RunId run, ffi::Span
                   int64_t num_ranks, int64_t num_experts, int64_t layout, int64_t expert_alignment,
                   int64_t expert_capacity, int64_t max_recv_tokens, int64_t num_rows, int64_t has_weights,
                   int64_t num_sms, ffi::RemainingArgs args, ffi::RemainingRets rets) {
-  const DispatchAttributes attributes{num_ranks,       num_experts,     layout,   expert_alignment, expert_capacity,
-                                      max_recv_tokens, num_rows,        has_weights, num_sms};
+  const DispatchAttributes attributes{num_ranks,       num_experts, layout,      expert_alignment, expert_capacity,
+                                      max_recv_tokens, num_rows,    has_weights, num_sms};
   return Run(operation, NameOf(operation), stream, device, run, devices, attributes, args, rets);
 }
 

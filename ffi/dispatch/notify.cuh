@@ -36,7 +36,8 @@ __device__ __forceinline__ TokenRange WarpTokens(const DispatchPlan& plan) {
   return {begin + (end - begin) * warp / kDispatchWarps, begin + (end - begin) * (warp + 1) / kDispatchWarps};
 }
 
-// Counts this block's tokens: `put(bin, count)` tells the ranks of each. By all threads, which then synchronise and post.
+// Counts this block's tokens: `put(bin, count)` tells the ranks of each. By all threads, which then synchronise and
+// post.
 template <class Put>
 __device__ inline void CountTokens(const DispatchPlan& plan, const Call& call, const NotifyShared& notify,
                                    const Put& put) {

@@ -1,9 +1,9 @@
 // Gives the host library of NVSHMEM, which somebody has initialised, this module's copy of the device state.
-#include "internode/attach.h"
-
 #include <cuda.h>
 #include <nvshmem.h>
 #include <nvshmemx.h>
+
+#include "internode/attach.h"
 
 namespace jax_ep {
 namespace {

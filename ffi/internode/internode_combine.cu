@@ -6,7 +6,8 @@
 //     reader (a rank)          arrived             freed at that rank
 //   Sum        a token a warp: the sums of the ranks that have rows of it, in rank order
 //
-// Sums of single ranks travel, rounded as the contract says: f32 partial sums of a node would be added in another order.
+// Sums of single ranks travel, rounded as the contract says: f32 partial sums of a node would be added in another
+// order.
 #include <algorithm>
 
 #include "combine/combine.h"
@@ -27,11 +28,14 @@ struct InternodeCombinePlan {
   Messages messages;
 };
 
-// Rings of a lane: in the inbox one a rank; in the outbox one a (node, local index of the rank that sends through here).
-__device__ __forceinline__ int64_t InRing(const InternodeCombinePlan& plan, const Call& call, int lane_number, int from) {
+// Rings of a lane: in the inbox one a rank; in the outbox one a (node, local index of the rank that sends through
+// here).
+__device__ __forceinline__ int64_t InRing(const InternodeCombinePlan& plan, const Call& call, int lane_number,
+                                          int from) {
   return (static_cast<int64_t>(lane_number) * call.num_ranks + from) * plan.messages.RingBytes();
 }
-__device__ __forceinline__ int64_t OutRing(const InternodeCombinePlan& plan, const Call& call, int lane_number, int stream) {
+__device__ __forceinline__ int64_t OutRing(const InternodeCombinePlan& plan, const Call& call, int lane_number,
+                                           int stream) {
   return (static_cast<int64_t>(lane_number) * call.num_ranks + stream) * plan.messages.RingBytes();
 }
 
@@ -75,8 +79,8 @@ __device__ void SendSums(const InternodeCombinePlan& plan, const Call& call, int
     const int through = nodes.node[source] * nodes.ranks_per_node + nodes.local[call.rank];
     stream.ring = In(view, rail, Outbox(view)) + OutRing(plan, call, lane_number, through);
     stream.to = rail == call.rank ? source : rail;
-    stream.told = rail == call.rank ? view.room->arrived[lane_number][call.rank]
-                                    : view.room->transit[lane_number][through];
+    stream.told =
+        rail == call.rank ? view.room->arrived[lane_number][call.rank] : view.room->transit[lane_number][through];
     if (rail == call.rank) stream.far_ring = Inbox(view) + InRing(plan, call, lane_number, call.rank);
   }
   Outgoing out(call, view, messages, stream);
@@ -148,8 +152,8 @@ __device__ void Relay(const InternodeCombinePlan& plan, const Call& call, int la
           const int4 head = LoadRow(place);
           FenceSys();  // the chunk, acquired by lane `stream`, before the put
           PutAndSignal(view, nodes.rank_at[stream / per_node * per_node + local],
-                       Inbox(view) + InRing(plan, call, lane_number, from) + offset, place,
-                       messages.ChunkBytes(head.x), &view.room->arrived[lane_number][from][slot], call.Tag(number + 1));
+                       Inbox(view) + InRing(plan, call, lane_number, from) + offset, place, messages.ChunkBytes(head.x),
+                       &view.room->arrived[lane_number][from][slot], call.Tag(number + 1));
           if (lane == stream) was_last = head.y != 0;
         }
         return was_last;
@@ -171,7 +175,8 @@ __device__ void ReadSums(const InternodeCombinePlan& plan, const Call& call, int
                      __ldcg(reinterpret_cast<const float*>(message + 16) + lane);
                }
                const PieceRange range = PieceOf(p.row_bytes, messages.piece_bytes, piece);
-               CopyVectors(ScratchRow(p, ranks, from, token) + range.begin, message + messages.header_bytes, range.size);
+               CopyVectors(ScratchRow(p, ranks, from, token) + range.begin, message + messages.header_bytes,
+                           range.size);
              });
 }
 
@@ -266,8 +271,8 @@ cudaError_t LaunchInternodeCombine(const CombineParams& params, const InternodeV
   const int64_t header_bytes = 16 + (params.carried != nullptr ? 4ll * params.num_topk : 0);
   plan.messages = PlanMessages(params.row_bytes, 0, header_bytes, plan.lanes, num_ranks, view.box_bytes);
   if (static_cast<int64_t>(params.num_tokens) * plan.messages.num_pieces >= kMaxSteps) return cudaErrorInvalidValue;
-  ExchangeKernelFor(params.dtype, params.weights != nullptr)<<<plan.lanes.num_blocks, kInternodeThreads, 0, stream>>>(
-      plan);
+  ExchangeKernelFor(params.dtype,
+                    params.weights != nullptr)<<<plan.lanes.num_blocks, kInternodeThreads, 0, stream>>>(plan);
   if (cudaError_t error = cudaGetLastError(); error != cudaSuccess) return error;
   SumKernelFor(params.dtype)<<<plan.lanes.num_blocks, kInternodeThreads, 0, stream>>>(plan);
   return cudaGetLastError();

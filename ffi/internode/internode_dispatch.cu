@@ -69,8 +69,7 @@ __global__ void __launch_bounds__(kDispatchThreads, 1)
   bool met = true;
   for (int i = threadIdx.x; i < call.num_ranks * plan.dispatch.num_send_blocks; i += kDispatchThreads) {
     const int peer = i / plan.dispatch.num_send_blocks, its_block = i % plan.dispatch.num_send_blocks;
-    met = met &&
-          AwaitOverNodes(call, view, &room->post[call.parity][peer][its_block], kPosted, kMeet, peer, its_block);
+    met = met && AwaitOverNodes(call, view, &room->post[call.parity][peer][its_block], kPosted, kMeet, peer, its_block);
   }
   if (!__syncthreads_and(met)) return;
   PlaceExperts(plan.dispatch, call, notify);
@@ -106,7 +105,9 @@ __device__ void CopyUnits(char* target, const char* source, int64_t num_bytes, i
     for (int64_t i = lane; i < num_bytes; i += 32) target[i] = __ldcg(source + i);
   }
 }
-__device__ __forceinline__ int UnitOf(int64_t row_bytes) { return row_bytes % 16 == 0 ? 16 : row_bytes % 4 == 0 ? 4 : 1; }
+__device__ __forceinline__ int UnitOf(int64_t row_bytes) {
+  return row_bytes % 16 == 0 ? 16 : row_bytes % 4 == 0 ? 4 : 1;
+}
 
 // This lane's tokens to one node, each once.
 __device__ void SendToNode(const InternodeDispatchPlan& plan, const Call& call, int lane_number, int node) {
@@ -268,8 +269,8 @@ __device__ void ReadSource(const InternodeDispatchPlan& plan, const Call& call, 
   const int node = nodes.node[source];
   const int rail = nodes.rank_at[nodes.node[call.rank] * nodes.ranks_per_node + nodes.local[source]];
   const int64_t ring = static_cast<int64_t>(lane_number) * nodes.num_nodes + node;
-  uint64_t* const flags = nodes.ranks_per_node == 1 ? view.room->arrived[lane_number][node]
-                                                    : view.room->announced[lane_number][source];
+  uint64_t* const flags =
+      nodes.ranks_per_node == 1 ? view.room->arrived[lane_number][node] : view.room->announced[lane_number][source];
   ReadChunks(call, view, plan.messages, In(view, rail, Inbox(view)) + ring * plan.messages.RingBytes(), flags, source,
              lane_number, [&](const char* message) { TakeMessage(plan, call, source, message); });
 }
@@ -329,8 +330,8 @@ cudaError_t LaunchInternodeDispatch(const DispatchParams& params, const Internod
   const int64_t row_bytes = params.num_row_arrays > 0 ? params.rows[0].row_bytes : 0;
   const int64_t second_bytes = params.num_row_arrays > 1 ? params.rows[1].row_bytes : 0;
   plan.lanes = PlanLanes(config.num_sms, num_nodes + 1 + num_ranks, params.num_tokens, num_nodes, view.box_bytes);
-  plan.messages =
-      PlanMessages(row_bytes, second_bytes, DispatchHeaderBytes(params.num_topk), plan.lanes, num_nodes, view.box_bytes);
+  plan.messages = PlanMessages(row_bytes, second_bytes, DispatchHeaderBytes(params.num_topk), plan.lanes, num_nodes,
+                               view.box_bytes);
   if (static_cast<int64_t>(params.num_tokens) * plan.messages.num_pieces >= kMaxSteps) return cudaErrorInvalidValue;
 
   DispatchPlan& dispatch = plan.dispatch;

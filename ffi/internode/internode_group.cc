@@ -53,8 +53,8 @@ Nodes NodesOf(const std::vector<int>& node_of_rank) {
   Nodes nodes{};
   const size_t num_ranks = node_of_rank.size();
   if (num_ranks == 0 || num_ranks > kMaxRanks) {
-    throw std::runtime_error("jax_ep: a group over nodes must have 1 to " + std::to_string(kMaxRanks) +
-                             " ranks, got " + std::to_string(num_ranks));
+    throw std::runtime_error("jax_ep: a group over nodes must have 1 to " + std::to_string(kMaxRanks) + " ranks, got " +
+                             std::to_string(num_ranks));
   }
   std::vector<int> members;  // of each node, in the order in which the ranks name them
   std::map<int, int> number_of;
@@ -99,7 +99,8 @@ void MakeInternodeGroup(const std::vector<int>& devices, const std::vector<Berth
     view->room_of[rank] = reinterpret_cast<Room*>(berths[rank].room);
     view->pe[rank] = berths[rank].process;
     if (view->nodes.node[rank] == view->nodes.node[here] && berths[rank].room == 0) {
-      throw std::runtime_error("jax_ep: rank " + std::to_string(rank) + " is on this node, but its memory is not mapped");
+      throw std::runtime_error("jax_ep: rank " + std::to_string(rank) +
+                               " is on this node, but its memory is not mapped");
     }
   }
   view->room = view->room_of[here];

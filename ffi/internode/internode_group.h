@@ -1,5 +1,6 @@
-// Groups over nodes, on the host: a Group (group/group.h), whose window is the first part of this rank's room, and where
-// the rooms are. jax_ep/_src/internode.py has made those; kernels come from the module jax_ep._internode, once loaded.
+// Groups over nodes, on the host: a Group (group/group.h), whose window is the first part of this rank's room, and
+// where the rooms are. jax_ep/_src/internode.py has made those; kernels come from the module jax_ep._internode, once
+// loaded.
 #pragma once
 
 #include <cstdint>
@@ -22,7 +23,8 @@ void InstallInternode(const InternodeKernels* kernels);
 // Null before InstallInternode.
 const InternodeKernels* TheInternodeKernels();
 
-// The nodes of a group, from the node of each rank. Throws std::runtime_error where they do not have as many ranks each.
+// The nodes of a group, from the node of each rank. Throws std::runtime_error where they do not have as many ranks
+// each.
 Nodes NodesOf(const std::vector<int>& node_of_rank);
 // Makes the group of these devices (JAX's ids), rank by rank; does nothing if there is one. Throws std::runtime_error.
 void MakeInternodeGroup(const std::vector<int>& devices, const std::vector<Berth>& berths, int64_t box_bytes);

@@ -1,5 +1,5 @@
-// The extension jax_ep._internode: kernels that link NVSHMEM, for jax_ep/_src/internode.py to load where nodes must talk
-// and to hand to jax_ep._core, whose handlers call them. No logic here.
+// The extension jax_ep._internode: kernels that link NVSHMEM, for jax_ep/_src/internode.py to load where nodes must
+// talk and to hand to jax_ep._core, whose handlers call them. No logic here.
 #include <cuda_runtime_api.h>
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/string.h>

@@ -34,8 +34,8 @@ __device__ __forceinline__ void Signal(const Call& call, const InternodeView& vi
   }
 }
 
-// `gone` is the last call that failed at a peer: has it left this one? It may have failed in the next one already, having
-// done its part in this.
+// `gone` is the last call that failed at a peer: has it left this one? It may have failed in the next one already,
+// having done its part in this.
 __device__ __forceinline__ bool HasLeft(const Call& call, uint64_t gone) {
   return gone != 0 && gone >> kCountBits == call.epoch >> kCountBits && gone <= call.epoch;
 }
@@ -59,8 +59,8 @@ __device__ __noinline__ static bool LookUpFromPolling(const Call& call, const In
 // Waits until `flag`, in this rank's room, says at least `state` in this epoch; acquires what came with it. Any thread
 // may call it. False: it will not come. `peer` and `lane` are what an error names.
 template <bool kBringsBytes = true>
-__device__ __noinline__ bool AwaitOverNodes(const Call& call, const InternodeView& view, uint64_t* flag,
-                                                   uint32_t state, Phase phase, int peer, int lane) {
+__device__ __noinline__ bool AwaitOverNodes(const Call& call, const InternodeView& view, uint64_t* flag, uint32_t state,
+                                            Phase phase, int peer, int lane) {
   const uint64_t expected = call.Tag(state);
   uint64_t start = 0;
   for (uint32_t tries = 1;; ++tries) {

@@ -1,5 +1,6 @@
 // Rings of chunks between two ranks, with credits: a chunk is written once its slot has been read, and is there when
-// its flag says so. A slot is a header {messages, is it the last chunk} and the messages, each with a header of its own.
+// its flag says so. A slot is a header {messages, is it the last chunk} and the messages, each with a header of its
+// own.
 //
 //   release                          acquire                        what it hands over
 //   arrived, announced or transit    the reader, the relay          a chunk
@@ -31,14 +32,14 @@ struct LaneTokens {
 
 // Where a stream of chunks goes. Addresses are those of the own room.
 struct Stream {
-  char* ring;        // what this warp writes: in the own room, or mapped from a rank of the node
-  char* far_ring;    // to which it is then put, or null
-  int to;            // the rank that is told
-  uint64_t* told;    // [kSlots] there
-  uint64_t* freed;   // reader i's [kSlots] begin at freed + readers[i] * kSlots
+  char* ring;       // what this warp writes: in the own room, or mapped from a rank of the node
+  char* far_ring;   // to which it is then put, or null
+  int to;           // the rank that is told
+  uint64_t* told;   // [kSlots] there
+  uint64_t* freed;  // reader i's [kSlots] begin at freed + readers[i] * kSlots
   const uint8_t* readers;
   int num_readers;
-  int lane;          // that an error names
+  int lane;  // that an error names
 };
 
 // The writing end of a ring; one whole warp.
@@ -132,9 +133,9 @@ __device__ bool ReadChunks(const Call& call, const InternodeView& view, const Me
   }
 }
 
-// Polls what came for up to 32 streams at once, one a lane of the warp: `flags_of(i)` are stream i's [kSlots] in the own
-// room, `peer_of(i)` whom an error names; `pass_on(mask, chunk)` is called by the whole warp, with the lanes whose next
-// chunk is there and this lane's number of it, and returns in those lanes whether it was the last.
+// Polls what came for up to 32 streams at once, one a lane of the warp: `flags_of(i)` are stream i's [kSlots] in the
+// own room, `peer_of(i)` whom an error names; `pass_on(mask, chunk)` is called by the whole warp, with the lanes whose
+// next chunk is there and this lane's number of it, and returns in those lanes whether it was the last.
 template <class FlagsOf, class PeerOf, class PassOn>
 __device__ void PassOnChunks(const Call& call, const InternodeView& view, uint32_t streams, int lane_number,
                              const FlagsOf& flags_of, const PeerOf& peer_of, const PassOn& pass_on) {

@@ -22,14 +22,16 @@ using SlotFlags = uint64_t[kMaxInternodeLanes][kMaxRanks][kSlots];
 // Posts and counts are the Window's. Everything is written by other ranks but `outgoing`.
 struct Room : Window {
   alignas(128) uint64_t gone[kMaxRanks];  // last call that failed there: it takes part in none after it
-  alignas(128) SlotFlags arrived;    // a chunk lies in this rank's inbox; dispatch: by node of the source, combine: by rank
-  SlotFlags announced;               // dispatch: a chunk of that source lies in the inbox of its rail's rank
-  SlotFlags transit;                 // combine: a chunk lies in this rank's outbox, to be sent on; by stream
-  SlotFlags freed;                   // that reader has read a chunk of this rank's
+  alignas(
+      128) SlotFlags arrived;  // a chunk lies in this rank's inbox; dispatch: by node of the source, combine: by rank
+  SlotFlags announced;         // dispatch: a chunk of that source lies in the inbox of its rail's rank
+  SlotFlags transit;           // combine: a chunk lies in this rank's outbox, to be sent on; by stream
+  SlotFlags freed;             // that reader has read a chunk of this rank's
   alignas(128) int32_t outgoing[2][kMaxSendBlocks][kMaxBins];  // counts on their way
 };
 
-// Behind it come the boxes, `BoxBytes` each: rings of chunks that came for this rank or its node, and of chunks that go.
+// Behind it come the boxes, `BoxBytes` each: rings of chunks that came for this rank or its node, and of chunks that
+// go.
 constexpr int64_t kRoomHeaderBytes = (static_cast<int64_t>(sizeof(Room)) + 4095) / 4096 * 4096;
 
 constexpr int64_t BoxBytes(int num_processes) {
@@ -47,10 +49,10 @@ struct Nodes {
 // How a kernel finds the rooms. By value in its parameters: rooms never move and are never freed.
 struct InternodeView {
   Nodes nodes;
-  Room* room;                 // this rank's
+  Room* room;  // this rank's
   int64_t box_bytes;
-  Room* room_of[kMaxRanks];   // where a rank's room is mapped here; null where it is not: on another node
-  int32_t pe[kMaxRanks];      // NVSHMEM's number of a rank
+  Room* room_of[kMaxRanks];  // where a rank's room is mapped here; null where it is not: on another node
+  int32_t pe[kMaxRanks];     // NVSHMEM's number of a rank
 };
 
 }  // namespace jax_ep

@@ -6,9 +6,9 @@
 
 namespace jax_ep {
 
-// Copies `num_bytes` from `source`, in the own room, to the same room of `peer` at `target`, then stores `value` into its
-// `flag`: who acquires the flag sees the bytes. Returns before they have left. Called by one whole warp, after a system
-// fence behind the threads that wrote the bytes.
+// Copies `num_bytes` from `source`, in the own room, to the same room of `peer` at `target`, then stores `value` into
+// its `flag`: who acquires the flag sees the bytes. Returns before they have left. Called by one whole warp, after a
+// system fence behind the threads that wrote the bytes.
 __device__ void PutAndSignal(const InternodeView& view, int peer, char* target, const char* source, int64_t num_bytes,
                              uint64_t* flag, uint64_t value);
 

@@ -1,4 +1,5 @@
-// The check that kernels.cu and internode.cu share: dispatch, dispatch_cached, combine and barrier of a case against oracle.h.
+// The check that kernels.cu and internode.cu share: dispatch, dispatch_cached, combine and barrier of a case against
+// oracle.h.
 #pragma once
 
 #include <cstdio>
