@@ -99,11 +99,13 @@ NB_MODULE(_core, module) {
   module.def("export_allocation", &jax_ep::ExportAllocation, nb::arg("device"), nb::arg("address"));
   module.def("import_memory", &jax_ep::ImportMemory, nb::arg("fd"), nb::arg("bytes"), nb::arg("devices"));
   module.def(
-      "make_arenas",
-      [](const std::vector<int>& devices, int64_t window_bytes) {
-        jax_ep::Group::OfDevices(devices).MakeArenas(window_bytes);
+      "make_shared_arena",
+      [](const std::vector<int>& devices, jax_ep::Purpose purpose, int64_t bytes, const std::vector<uint64_t>& at) {
+        jax_ep::Group::OfDevices(devices).MakeSharedArena(purpose, bytes, at);
       },
-      nb::arg("devices"), nb::arg("window_bytes"));
+      nb::arg("devices"), nb::arg("purpose"), nb::arg("bytes"), nb::arg("at"));
+  module.def("low_latency_arena_bytes", &jax_ep::Group::LowLatencyArenaBytes, nb::arg("window_bytes"));
+  nb::enum_<jax_ep::Purpose>(module, "Purpose").value("LOW_LATENCY", jax_ep::Purpose::kLowLatency);
   module.def("low_latency_dispatch_bytes", &LowLatencyDispatchBytes, nb::arg("num_ranks"), nb::arg("num_experts"),
              nb::arg("layout"), nb::arg("num_tokens"), nb::arg("num_topk"), nb::arg("max_recv_tokens"),
              nb::arg("row_bytes"), nb::arg("has_weights"), nb::arg("is_routed"), nb::arg("encodes"));

@@ -237,10 +237,61 @@ void Group::SetViewTimeout(uint64_t timeout_ns) {
   }
 }
 
+const Group::SharedArena* Group::FindSharedArena(Purpose purpose, int64_t bytes) {
+  std::lock_guard<std::mutex> lock(mutex_);
+  for (const auto& arena : arenas_) {
+    if (arena->purpose == purpose && arena->bytes == bytes) return arena.get();
+  }
+  return nullptr;
+}
+
+void Group::MakeSharedArena(Purpose purpose, int64_t bytes, const std::vector<uint64_t>& at) {
+  if (FindSharedArena(purpose, bytes) != nullptr) return;
+  if (at.size() != (spans_processes_ ? ranks_.size() : 0)) {
+    throw std::runtime_error(
+        "jax_ep: this program was not lowered in this process, and no memory is shared for it with the processes of "
+        "its group. Compile it again with jax.jit");
+  }
+  std::lock_guard<std::mutex> making(making_);
+  if (FindSharedArena(purpose, bytes) != nullptr) return;
+  auto arena = std::make_unique<SharedArena>(SharedArena{purpose, bytes, {}});
+  DeviceGuard guard;
+  for (size_t i = 0; i < ranks_.size(); ++i) {
+    char* memory = nullptr;
+    if (spans_processes_) {
+      memory = static_cast<char*>(ToPointer(at[i]));
+    } else {
+      Check("cudaSetDevice", cudaSetDevice(ranks_[i].place.device));
+      Check("cudaMalloc", cudaMalloc(reinterpret_cast<void**>(&memory), bytes));
+      Check("cudaMemset", cudaMemsetAsync(memory, 0, bytes, ranks_[i].aside));
+      Check("cudaStreamSynchronize", cudaStreamSynchronize(ranks_[i].aside));
+    }
+    arena->of_rank.push_back(memory);
+  }
+  std::lock_guard<std::mutex> lock(mutex_);  // a rank begins a generation before its arena is there, or with it
+  if (arenas_.size() + 1 >= kMaxLedgers) throw std::runtime_error("jax_ep: too many sizes of low-latency calls");
+  for (size_t i = 0; i < ranks_.size(); ++i) {
+    const Rank& rank = ranks_[i];
+    if (!is_local(rank)) continue;
+    Check("cudaSetDevice", cudaSetDevice(rank.place.device));
+    const uint64_t epoch = rank.generation << kCountBits;
+    auto* ledger = reinterpret_cast<Ledger*>(arena->of_rank[i]);
+    Check("cudaMemcpy", cudaMemcpyAsync(&ledger->epoch, &epoch, sizeof epoch, cudaMemcpyHostToDevice, rank.aside));
+    Check("cudaStreamSynchronize", cudaStreamSynchronize(rank.aside));
+  }
+  arenas_.push_back(std::move(arena));
+}
+
+const std::vector<char*>& Group::shared_arena(Purpose purpose, int64_t bytes) {
+  const SharedArena* const arena = FindSharedArena(purpose, bytes);
+  if (arena == nullptr) throw std::runtime_error("jax_ep: this size of calls has no shared arena");
+  return arena->of_rank;
+}
+
 namespace {
 
 // Sizes are powers of two, so that all arenas together take less than twice the largest's bytes.
-int64_t SizeClass(int64_t window_bytes) {
+int64_t WindowClass(int64_t window_bytes) {
   int64_t size = 1 << 16;
   while (size < window_bytes) size *= 2;
   return size;
@@ -248,52 +299,18 @@ int64_t SizeClass(int64_t window_bytes) {
 
 }  // namespace
 
-const Group::Arenas* Group::FindArenas(int64_t window_bytes) {
-  std::lock_guard<std::mutex> lock(mutex_);
-  for (const auto& arenas : arenas_) {
-    if (arenas->window_bytes == SizeClass(window_bytes)) return arenas.get();
-  }
-  return nullptr;
-}
-
-void Group::MakeArenas(int64_t window_bytes) {
-  if (spans_processes_) throw std::runtime_error("jax_ep: low-latency calls are not served across processes");
-  if (FindArenas(window_bytes) != nullptr) return;
-  std::lock_guard<std::mutex> making(making_);
-  if (FindArenas(window_bytes) != nullptr) return;
-  auto arenas = std::make_unique<Arenas>();
-  arenas->window_bytes = SizeClass(window_bytes);
-  const int64_t bytes = kArenaHeaderBytes + kDepth * arenas->window_bytes;
-  DeviceGuard guard;
-  for (const Rank& rank : ranks_) {
-    char* arena = nullptr;
-    Check("cudaSetDevice", cudaSetDevice(rank.place.device));
-    Check("cudaMalloc", cudaMalloc(reinterpret_cast<void**>(&arena), bytes));
-    Check("cudaMemset", cudaMemsetAsync(arena, 0, bytes, rank.aside));
-    Check("cudaStreamSynchronize", cudaStreamSynchronize(rank.aside));
-    arenas->of_rank.push_back(arena);
-  }
-  std::lock_guard<std::mutex> lock(mutex_);  // a rank begins a generation before its arena is there, or with it
-  if (arenas_.size() + 1 >= kMaxLedgers) throw std::runtime_error("jax_ep: too many sizes of low-latency calls");
-  for (size_t i = 0; i < ranks_.size(); ++i) {
-    Check("cudaSetDevice", cudaSetDevice(ranks_[i].place.device));
-    const uint64_t epoch = ranks_[i].generation << kCountBits;
-    auto* ledger = static_cast<Ledger*>(reinterpret_cast<Arena*>(arenas->of_rank[i]));
-    Check("cudaMemcpy", cudaMemcpyAsync(&ledger->epoch, &epoch, sizeof epoch, cudaMemcpyHostToDevice, ranks_[i].aside));
-    Check("cudaStreamSynchronize", cudaStreamSynchronize(ranks_[i].aside));
-  }
-  arenas_.push_back(std::move(arenas));
+int64_t Group::LowLatencyArenaBytes(int64_t window_bytes) {
+  return kArenaHeaderBytes + kDepth * WindowClass(window_bytes);
 }
 
 ArenaView Group::arenas(int rank, int64_t window_bytes) {
-  const Arenas* const arenas = FindArenas(window_bytes);
-  if (arenas == nullptr) throw std::runtime_error("jax_ep: this size of low-latency calls has no arenas");
+  const std::vector<char*>& of_rank = shared_arena(Purpose::kLowLatency, LowLatencyArenaBytes(window_bytes));
   ArenaView view{};
   view.group = ranks_[rank].view;
   view.rank = rank;
   view.num_ranks = num_ranks();
-  view.window_bytes = arenas->window_bytes;
-  for (size_t peer = 0; peer < ranks_.size(); ++peer) view.arena[peer] = arenas->of_rank[peer];
+  view.window_bytes = WindowClass(window_bytes);
+  std::copy(of_rank.begin(), of_rank.end(), view.arena);
   return view;
 }
 
@@ -347,7 +364,7 @@ std::string Group::Enter(int rank, int64_t run, cudaStream_t stream) {
   ranks_[rank].generation = generation_;
   Ledgers ledgers{};
   ledgers.ledger[ledgers.count++] = ranks_[rank].window;
-  for (const auto& arenas : arenas_) ledgers.ledger[ledgers.count++] = reinterpret_cast<Arena*>(arenas->of_rank[rank]);
+  for (const auto& arena : arenas_) ledgers.ledger[ledgers.count++] = reinterpret_cast<Ledger*>(arena->of_rank[rank]);
   const cudaError_t error = LaunchBeginGeneration(ledgers, generation_, stream);
   return error == cudaSuccess ? "" : std::string("a new generation could not begin: ") + cudaGetErrorString(error);
 }

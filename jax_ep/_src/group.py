@@ -86,12 +86,44 @@ def device_kind() -> str:
 def make_arenas(groups: Groups, window_bytes: int) -> bool:
     """Sees to the memory of low-latency calls that need so many bytes of a window; kept for the process's life.
 
-    False, in every process alike, where a group spans processes: arenas are not shared between them.
+    False, in every process alike, where groups span processes and too little memory is shared; a warning says so.
     """
+    return make_shared_arena(groups, targets.Purpose.LOW_LATENCY, targets.low_latency_arena_bytes(window_bytes))
+
+
+def make_shared_arena(groups: Groups, purpose: Any, num_bytes: int) -> bool:
+    """Sees to `num_bytes` at each rank that all ranks of its group reach; of a purpose and size there is one in a group.
+
+    Of groups that span processes each process takes the same part of what `initialize` has exchanged, and none waits for
+    another, in whatever order they come here; False, in all of them, where `config.arena_bytes` holds no more.
+    """
+    world, me = peers.world(), jax.process_index()
     processes = {device.id: device.process_index for device in jax.devices()}
-    if any(len({processes.get(device, 0) for device in group}) > 1 for group in groups):
-        return False
-    for group in groups:
-        if processes.get(group[0], 0) == jax.process_index():
-            targets.make_arenas(list(group), window_bytes)
+    members = {group: {processes.get(device, 0) for device in group} for group in groups}
+    offset = None
+    if any(len(of_group) > 1 for of_group in members.values()):
+        if world is None:  # then no groups that span processes have been found
+            return False
+        offset = _offset(groups, str(purpose), num_bytes, world)
+        if offset is None:
+            return False
+    for group, of_group in members.items():
+        if me in of_group:
+            at = world.arena(group, offset) if len(of_group) > 1 and world and offset is not None else []
+            targets.make_shared_arena(list(group), purpose, num_bytes, at)
     return True
+
+
+@functools.lru_cache(maxsize=256)
+def _offset(groups: Groups, purpose: str, num_bytes: int, world: peers.World) -> int | None:
+    """Where the arena begins among those of all groups; the same in every process."""
+    room = -(-num_bytes // 4096) * 4096
+    offset = coordination.allot(compat.distributed_client(), "arenas", f"{purpose} {groups!r}", room, world.arena_bytes)
+    if offset is None:
+        warnings.warn(
+            f"jax_ep: no memory is left that processes share for calls of this size ({room} bytes), so low latency does "
+            f"not serve them: raise jax_ep.config.arena_bytes = {world.arena_bytes} before jax_ep.initialize()",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+    return offset

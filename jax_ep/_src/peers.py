@@ -1,8 +1,9 @@
 """The memory of other processes on this host: what each exports, where it is mapped here, which groups kernels can serve.
 
-All of it is exchanged once, by `initialize`: windows for `config.max_groups` groups on every device, and XLA's memory there,
-into which kernels of peers write. So making a group while a program is lowered needs no other process; processes only agree
-on which windows it gets, through set-once keys. What cannot be shared is known to all of them, so they decide alike.
+All of it is exchanged once, by `initialize`: on every device windows for `config.max_groups` groups and `config.arena_bytes`
+for arenas, and XLA's memory there, into which kernels of peers write. So making a group or an arena while a program is lowered
+waits for no other process; they only agree, through set-once keys, on who gets which part. What cannot be shared is known to
+all of them, so they decide alike.
 Neighbours: coordination.py, descriptors.py, ffi/group/shared_memory.h; group.py asks.
 """
 
@@ -44,8 +45,8 @@ class Memory(Protocol):
     def have_peer_access(self) -> bool:
         """Whether all of them read and write each other's memory."""
 
-    def export(self, window_bytes: int) -> list[tuple[Region, Region]]:
-        """Of each device, zeros for windows, and the memory of its arrays; RuntimeError with the reason if it cannot be."""
+    def export(self, num_bytes: int) -> list[tuple[Region, Region]]:
+        """Of each device, zeros for windows and arenas, and the memory of its arrays; RuntimeError with the reason if it cannot be."""
 
     def map(self, descriptor: int, num_bytes: int) -> int:
         """Makes another process's memory accessible to all devices of this one; returns its address here."""
@@ -64,13 +65,13 @@ class CudaMemory:
     def have_peer_access(self) -> bool:
         return bool(targets.have_peer_access(self._ordinals))
 
-    def export(self, window_bytes: int) -> list[tuple[Region, Region]]:
+    def export(self, num_bytes: int) -> list[tuple[Region, Region]]:
         regions: list[tuple[Region, Region]] = []
         try:
             for device in self._devices:
-                arena = self.arena(device)
-                shared = targets.make_shared_memory(device.local_hardware_id, window_bytes, self._ordinals)
-                regions.append((Region(shared.fd, shared.begin, shared.bytes), arena))
+                xla = self.xla_memory(device)
+                shared = targets.make_shared_memory(device.local_hardware_id, num_bytes, self._ordinals)
+                regions.append((Region(shared.fd, shared.begin, shared.bytes), xla))
         except Exception:
             for pair in regions:
                 for region in pair:
@@ -78,7 +79,7 @@ class CudaMemory:
             raise
         return regions
 
-    def arena(self, device: Any) -> Region:
+    def xla_memory(self, device: Any) -> Region:
         """The memory in which XLA places the arrays of `device`; RuntimeError if that is not one allocation of known extent."""
         probe = jax.device_put(np.zeros(1, np.float32), device)
         try:
@@ -99,13 +100,13 @@ class CudaMemory:
 
 @dataclasses.dataclass(frozen=True)
 class Device:
-    """Where a device's memory is: `windows` and `arena` as its own process sees them, `*_here` as this one does, if it does."""
+    """Where a device's memory is: begin and bytes as its own process sees it, `*_here` as this one does, if it does."""
 
     process: int
-    windows: tuple[int, int]  # begin, bytes
-    arena: tuple[int, int]
-    windows_here: int | None
-    arena_here: int | None
+    shared: tuple[int, int]  # windows, then arenas
+    xla: tuple[int, int]
+    shared_here: int | None
+    xla_here: int | None
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -118,6 +119,7 @@ class World:
     reasons: dict[tuple[int, ...], str]
     devices: dict[int, Device]
     max_groups: int  # for so many groupings there are windows
+    arena_bytes: int  # for arenas, behind the windows
 
     def why_not(self, groups: Sequence[Group]) -> str | None:
         """Why kernels cannot serve these groups; None if they can. The same in every process."""
@@ -141,11 +143,16 @@ class World:
         places: list[tuple[int, ...]] = []
         for device_id in group:
             device = self.devices[device_id]
-            assert device.windows_here is not None and device.arena_here is not None
-            window = device.windows_here + number * window_stride()
-            shift = (device.arena_here - device.arena[0]) % 2**64
-            places.append((device.process, ordinals.get(device_id, -1), window, *device.arena, shift))
+            assert device.shared_here is not None and device.xla_here is not None
+            window = device.shared_here + number * window_stride()
+            shift = (device.xla_here - device.xla[0]) % 2**64
+            places.append((device.process, ordinals.get(device_id, -1), window, *device.xla, shift))
         return places
+
+    def arena(self, group: Group, offset: int) -> list[int]:
+        """Of each rank, where this process sees the arena that begins at `offset` among the arenas."""
+        here = [self.devices[device].shared_here for device in group]
+        return [begin + self.max_groups * window_stride() + offset for begin in here if begin is not None]
 
 
 _exported: dict[str, Any] = {}  # by an exchange that may have to be tried again: what is exported, and the offer of it
@@ -157,9 +164,9 @@ def window_stride() -> int:
     return -(-targets.window_bytes // 4096) * 4096
 
 
-def windows_bytes() -> int:
-    """Bytes of a device's windows."""
-    return config.max_groups * window_stride()
+def shared_bytes() -> int:
+    """Bytes of a device's windows and arenas."""
+    return config.max_groups * window_stride() + config.arena_bytes
 
 
 def world() -> World | None:
@@ -198,12 +205,12 @@ def exchange(client: Any, me: int, num_processes: int, memory: Memory) -> World:
     devices = {}
     for process, table in enumerate(tables):
         here = mapped.get(process)
-        for i, (device_id, windows, arena) in enumerate(table["devices"]):
+        for i, (device_id, shared, xla) in enumerate(table["devices"]):
             addresses = (
-                (windows[0], arena[0]) if process == me else (here[2 * i], here[2 * i + 1]) if here else (None, None)
+                (shared[0], xla[0]) if process == me else (here[2 * i], here[2 * i + 1]) if here else (None, None)
             )
-            devices[device_id] = Device(process, tuple(windows), tuple(arena), *addresses)
-    _world = World(me, hosts, reasons, devices, config.max_groups)
+            devices[device_id] = Device(process, tuple(shared), tuple(xla), *addresses)
+    _world = World(me, hosts, reasons, devices, config.max_groups, config.arena_bytes)
     return _world
 
 
@@ -231,23 +238,23 @@ def _export(memory: Memory, has_neighbours: bool) -> dict[str, Any]:
         table["reasons"][1] = "its GPUs do not reach each other's memory"
     elif has_neighbours:
         try:
-            regions = memory.export(windows_bytes())
+            regions = memory.export(shared_bytes())
         except RuntimeError as error:
             table["reasons"][2] = str(error)
         else:
             _exported["offer"] = descriptors.Offer([region.descriptor for pair in regions for region in pair])
             table["offer"] = _exported["offer"].name
             table["devices"] = [
-                (device_id, (windows.begin, windows.num_bytes), (arena.begin, arena.num_bytes))
-                for (device_id, _, _), (windows, arena) in zip(devices, regions, strict=True)
+                (device_id, (shared.begin, shared.num_bytes), (xla.begin, xla.num_bytes))
+                for (device_id, _, _), (shared, xla) in zip(devices, regions, strict=True)
             ]
     _exported["table"] = table
     return table
 
 
 def _map(memory: Memory, table: dict[str, Any]) -> list[int]:
-    """Where the windows and the arena of each device of another process are here."""
-    sizes = [num_bytes for _, windows, arena in table["devices"] for _, num_bytes in (windows, arena)]
+    """Where both memories of each device of another process are here."""
+    sizes = [num_bytes for _, shared, xla in table["devices"] for _, num_bytes in (shared, xla)]
     received = descriptors.fetch(table["offer"], len(sizes), config.timeout)
     try:
         return [memory.map(descriptor, num_bytes) for descriptor, num_bytes in zip(received, sizes, strict=True)]

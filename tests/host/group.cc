@@ -138,13 +138,28 @@ void SeveralProcesses() {
     EXPECT(view.shift[0] == 0 && 7050 + view.shift[1] == 7050 - 4096 && view.shift[2] == 0);
   }
   EXPECT(group.Enter(0, 1, nullptr).empty() && !Group::HasFailedSpanning());
-  bool refused = false;  // arenas are not shared between processes
+  // Arenas are where they were mapped; this process counts in its own ranks' and touches no others.
+  const int64_t bytes = Group::LowLatencyArenaBytes(1000);
+  auto* arenas = static_cast<char*>(std::calloc(3, bytes));
+  const auto arena = [&](int i) { return reinterpret_cast<Arena*>(arenas + i * bytes); };
+  std::vector<uint64_t> at;
+  for (int i = 0; i < 3; ++i) at.push_back(reinterpret_cast<uint64_t>(arena(i)));
+  bool refused = false;
   try {
     group.MakeArenas(1000);
-  } catch (const std::runtime_error&) {
-    refused = true;
+  } catch (const std::runtime_error& error) {
+    refused = Has(error.what(), "was not lowered in this process");
   }
   EXPECT(refused);
+  arena(0)->gone[1] = arena(1)->epoch = 5;  // a peer was here before, and has counted
+  group.MakeSharedArena(Purpose::kLowLatency, bytes, at);
+  group.MakeArenas(1000);
+  for (int rank : {0, 2}) {
+    const ArenaView view = group.arenas(rank, 900);
+    EXPECT(view.rank == rank && view.num_ranks == 3 && view.group == group.view(rank));
+    for (int i = 0; i < 3; ++i) EXPECT(view.arena[i] == reinterpret_cast<char*>(arena(i)));
+  }
+  EXPECT(arena(0)->gone[1] == 5 && arena(1)->epoch == 5);
 
   Fail(group, 2, 1, 0);
   EXPECT(Group::HasFailedSpanning() && Group::HasFailedSpanning());
@@ -157,7 +172,7 @@ void SeveralProcesses() {
   EXPECT(Group::SpanningGeneration() == 7 && !Group::HasFailedSpanning());
   EXPECT(group.Enter(2, 4, nullptr).empty() && group.Enter(0, 4, nullptr).empty() &&
          group.Enter(2, 5, nullptr).empty());
-  EXPECT(TakeBegun() == Begun{{2, 7}, {0, 7}});
+  EXPECT(TakeBegun() == Begun{{2, 7}, {0, 7}} && g_ledgers == 2);
   Fail(group, 0, 2, 6);
   EXPECT(group.Enter(0, 5, nullptr).empty());
 

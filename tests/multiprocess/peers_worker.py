@@ -29,11 +29,11 @@ class FileMemory:
     def have_peer_access(self):
         return True
 
-    def export(self, window_bytes):
+    def export(self, num_bytes):
         self.exports += 1
         if self._refusal:
             raise RuntimeError(self._refusal)
-        return [(self._new(window_bytes), self._new(1 << 16)) for _ in self._device_ids]
+        return [(self._new(num_bytes), self._new(1 << 16)) for _ in self._device_ids]
 
     def map(self, descriptor, num_bytes):
         pages = mmap.mmap(descriptor, num_bytes)
@@ -67,6 +67,7 @@ def both_here(name):
 
 def shares():
     """Windows and arenas of the other process are read and written by their addresses here."""
+    jax_ep.config.arena_bytes = 1 << 20
     me, client, memory = start()
     if me == 0:  # comes too early, then again
         jax_ep.config.timeout = 1.0
@@ -84,7 +85,8 @@ def shares():
     for rank, (_, _, window, *_) in enumerate(places):
         for source in (i for i, place in enumerate(places) if place[1] >= 0):
             word(window + 8 * source, 1000 * source + rank)
-    # An address in the arena of a device as its owner sees it, for the other to translate.
+            word(world.arena(group, 8192)[rank] + 8 * source, -(1000 * source + rank) % 2**64)
+    # An address in XLA's memory of a device as its owner sees it, for the other to translate.
     own = next(i for i, place in enumerate(places) if place[1] == 0)
     begin, num_bytes, shift = places[own][3:]
     posted = begin + num_bytes - 64
@@ -94,6 +96,8 @@ def shares():
     read = word((address + places[rank][5]) % 2**64)
     both_here("written")
     windows = [[word(window + 8 * i) for i in range(4)] for _, device, window, *_ in places if device >= 0]
+    own_arenas = [at for at, place in zip(world.arena(group, 8192), places, strict=True) if place[1] >= 0]
+    arenas = [[-word(at + 8 * i) % 2**64 for i in range(4)] for at in own_arenas]
     neighbours = [word(window + peers.window_stride()) for _, device, window, *_ in places if device >= 0]
     return {
         "early": early if me == 0 else None,
@@ -103,6 +107,7 @@ def shares():
         "places": [place[:2] for place in places],
         "own_shift": shift,
         "windows": windows,
+        "arenas": arenas,
         "neighbours": neighbours,
         "read": read,
         "left_open": open_files() - len(memory.mapped),  # mmap keeps one each
@@ -128,6 +133,15 @@ def claims():
     owners = ["a", "b", "c", "d"]
     first = {owner: coordination.claim(client, "test", owner, 3) for owner in (owners if me == 0 else owners[::-1])}
     return first, {owner: coordination.claim(client, "test", owner, 3) for owner in owners}
+
+
+def allots():
+    """Two processes that ask for room in different orders are told the same, and none is told of room that is not there."""
+    me, client = jax.process_index(), compat.distributed_client()
+    asks = [("a", 300), ("b", 500), ("c", 150), ("d", 400), ("e", 50), ("f", 100)]
+    first = {owner: coordination.allot(client, "room", owner, amount, 1000) for owner, amount in asks[:: 1 - 2 * me]}
+    both_here("asked for room")
+    return first, {owner: coordination.allot(client, "room", owner, amount, 1000) for owner, amount in asks}, dict(asks)
 
 
 def resumes():

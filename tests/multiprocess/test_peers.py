@@ -18,6 +18,7 @@ def test_every_rank_reaches_the_memory_of_every_other():
         assert seen["own_shift"] == 0
         ranks = (0, 3) if me == 0 else (1, 2)
         assert seen["windows"] == [[1000 * source + rank for source in range(4)] for rank in ranks]
+        assert seen["arenas"] == seen["windows"]
         assert seen["neighbours"] == [0, 0]  # the next group's windows
         assert seen["read"] == 7001 - me
         assert seen["left_open"] == 0
@@ -34,6 +35,19 @@ def test_windows_are_claimed_alike_in_any_order():
     assert first == again == other_first == other_again
     assert sorted(number for number in first.values() if number is not None) == [0, 1, 2]
     assert list(first.values()).count(None) == 1
+
+
+def test_room_is_allotted_alike_in_any_order():
+    (first, again, amounts), (other_first, other_again, _) = launch.run("peers_worker:allots", devices_per_process=1)
+    assert again == other_again
+    # Who was told of no room before is told of none later, and who was told of some keeps it.
+    assert first == other_first == again
+    end = 0
+    for begin, owner in sorted((begin, owner) for owner, begin in again.items() if begin is not None):
+        assert begin == end
+        end += amounts[owner]
+    assert end <= 1000
+    assert all(end + amounts[owner] > 1000 for owner, begin in again.items() if begin is None)
 
 
 def test_after_a_failure_all_processes_begin_the_same_generation():
