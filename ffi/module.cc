@@ -13,6 +13,7 @@
 namespace nb = nanobind;
 
 extern "C" XLA_FFI_Error* JaxEpBarrier(XLA_FFI_CallFrame*);
+extern "C" XLA_FFI_Error* JaxEpBeginRun(XLA_FFI_CallFrame*);
 extern "C" XLA_FFI_Error* JaxEpCombine(XLA_FFI_CallFrame*);
 extern "C" XLA_FFI_Error* JaxEpDispatch(XLA_FFI_CallFrame*);
 extern "C" XLA_FFI_Error* JaxEpDispatchCached(XLA_FFI_CallFrame*);
@@ -29,16 +30,22 @@ extern "C" XLA_FFI_Error* JaxEpNotify(XLA_FFI_CallFrame*);
 
 namespace {
 
+// By target, then by stage; those of calls through a group have two.
 nb::dict Handlers() {
+  using Handler = XLA_FFI_Error* (*)(XLA_FFI_CallFrame*);
   nb::dict handlers;
-  const auto add = [&](const char* target, XLA_FFI_Error* (*handler)(XLA_FFI_CallFrame*)) {
-    handlers[target] = nb::capsule(reinterpret_cast<void*>(handler));
+  const auto capsule = [](Handler handler) { return nb::capsule(reinterpret_cast<void*>(handler)); };
+  const auto add = [&](const char* target, Handler execute, Handler initialize = JaxEpBeginRun) {
+    nb::dict stages;
+    stages["execute"] = capsule(execute);
+    if (initialize != nullptr) stages["initialize"] = capsule(initialize);
+    handlers[target] = stages;
   };
   add("jax_ep_barrier", JaxEpBarrier);
   add("jax_ep_combine", JaxEpCombine);
   add("jax_ep_dispatch", JaxEpDispatch);
   add("jax_ep_dispatch_cached", JaxEpDispatchCached);
-  add("jax_ep_dispatch_layout", JaxEpDispatchLayout);
+  add("jax_ep_dispatch_layout", JaxEpDispatchLayout, nullptr);
   add("jax_ep_low_latency_combine", JaxEpLowLatencyCombine);
   add("jax_ep_low_latency_combine_done", JaxEpLowLatencyCombineDone);
   add("jax_ep_low_latency_combine_start", JaxEpLowLatencyCombineStart);

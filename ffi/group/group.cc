@@ -3,6 +3,8 @@
 #include <cuda_runtime_api.h>
 
 #include <algorithm>
+#include <atomic>
+#include <deque>
 #include <stdexcept>
 
 #include "combine/combine.h"
@@ -14,13 +16,41 @@
 namespace jax_ep {
 namespace {
 
+// An execution of a program. All its devices of this process share its id.
+struct Run {
+  uint64_t number;                                   // in the order in which this process meets them
+  std::map<std::vector<int>, std::string> failures;  // of groups, by their devices: what had failed before it
+};
+
 struct Registry {
+  static constexpr size_t kRunsInFlight = 1024;  // more than hosts run ahead of their devices
+
   std::mutex mutex;
   std::vector<std::unique_ptr<Group>> groups;
   std::map<std::vector<int>, Group*> by_devices;
   std::map<int, int> ordinal_by_device;
   uint64_t spanning_generation = 0;
   uint64_t timeout_ns = 60'000'000'000;  // until jax_ep.config says another
+  std::map<int64_t, Run> runs;           // by id: the last ones
+  std::deque<int64_t> run_ids;           // the same, the oldest first
+  std::atomic<uint64_t> num_runs{0};     // read without the mutex too
+
+  // Called with the mutex held.
+  Run& Meet(int64_t id) {
+    const auto known = runs.find(id);
+    if (known != runs.end()) return known->second;
+    if (run_ids.size() >= kRunsInFlight) {
+      runs.erase(run_ids.front());
+      run_ids.pop_front();
+    }
+    run_ids.push_back(id);
+    return runs[id] = Run{++num_runs, {}};
+  }
+
+  uint64_t NumberOf(int64_t run) {
+    std::lock_guard<std::mutex> lock(mutex);
+    return Meet(run).number;
+  }
 
   int OrdinalOf(int device) const {
     const auto found = ordinal_by_device.find(device);
@@ -348,25 +378,65 @@ std::string Group::Listen() {
   return news;
 }
 
-std::string Group::Enter(int rank, int64_t run, cudaStream_t stream) {
-  std::lock_guard<std::mutex> lock(mutex_);
+// The same, and what follows from it: the failure that concerns calls from now on, if there is one and it is news or
+// the group spans processes. Called with the mutex held.
+std::string Group::Hear() {
   const std::string news = Listen();
   if (spans_processes_) {
     if (failure_.empty()) failure_ = news;
-    if (!failure_.empty()) return failure_ + ". Call jax_ep.initialize() in every process to begin anew";
-  } else if (!news.empty()) {
+    return failure_.empty() ? "" : failure_ + ". Call jax_ep.initialize() in every process to begin anew";
+  }
+  if (!news.empty()) {
     ++generation_;
-    failed_run_ = run;
+    refused_runs_ = TheRegistry().num_runs;
     failure_ = news;
   }
-  if (ranks_[rank].generation == generation_) return "";
-  if (!spans_processes_ && run == failed_run_) return failure_;
+  return news;
+}
+
+// Called with the mutex held.
+std::string Group::BeginGeneration(int rank, cudaStream_t stream) {
   ranks_[rank].generation = generation_;
   Ledgers ledgers{};
   ledgers.ledger[ledgers.count++] = ranks_[rank].window;
   for (const auto& arena : arenas_) ledgers.ledger[ledgers.count++] = reinterpret_cast<Ledger*>(arena->of_rank[rank]);
   const cudaError_t error = LaunchBeginGeneration(ledgers, generation_, stream);
   return error == cudaSuccess ? "" : std::string("a new generation could not begin: ") + cudaGetErrorString(error);
+}
+
+std::string Group::HearBefore(int64_t run, const std::vector<int>& devices, int num_ranks) {
+  Registry& registry = TheRegistry();
+  std::lock_guard<std::mutex> lock(registry.mutex);
+  Run& met = registry.Meet(run);
+  const auto known = met.failures.find(devices);
+  if (known != met.failures.end()) return known->second;
+  std::string failure;
+  for (auto first = devices.begin(); devices.end() - first >= num_ranks && failure.empty(); first += num_ranks) {
+    const auto found = registry.by_devices.find(std::vector<int>(first, first + num_ranks));
+    if (found == registry.by_devices.end()) continue;  // of other processes
+    Group& group = *found->second;
+    std::lock_guard<std::mutex> group_lock(group.mutex_);
+    failure = group.Hear();
+    if (failure.empty() && met.number <= group.refused_runs_) failure = group.failure_;
+  }
+  return met.failures[devices] = failure;
+}
+
+std::string Group::BeginRun(int rank, int64_t run, cudaStream_t stream) {
+  const uint64_t number = TheRegistry().NumberOf(run);
+  std::lock_guard<std::mutex> lock(mutex_);
+  const bool refused = spans_processes_ ? !failure_.empty() : number <= refused_runs_;  // heard of meanwhile
+  return refused || ranks_[rank].generation == generation_ ? "" : BeginGeneration(rank, stream);
+}
+
+std::string Group::Enter(int rank, int64_t run, cudaStream_t stream) {
+  const uint64_t number = TheRegistry().NumberOf(run);
+  std::lock_guard<std::mutex> lock(mutex_);
+  const std::string failure = Hear();
+  if (spans_processes_ && !failure.empty()) return failure;
+  if (ranks_[rank].generation == generation_) return "";
+  if (!spans_processes_ && number <= refused_runs_) return failure_;
+  return BeginGeneration(rank, stream);
 }
 
 std::string Group::CheckShared(int rank, const void* address) {

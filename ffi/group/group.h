@@ -66,10 +66,17 @@ class Group {
   void MakeArenas(int64_t window_bytes) { MakeSharedArena(Purpose::kLowLatency, LowLatencyArenaBytes(window_bytes)); }
   // How `rank` finds it; it must have been made.
   ArenaView arenas(int rank, int64_t window_bytes);
-  // Before each launch of `rank` on `stream`: what has failed in this group, in a sentence, or nothing. If something
-  // has, the call is to be launched as refused and the sentence to be raised. All ranks' calls of the run in which the
-  // failure is first heard of are refused; in the next run each rank begins a new generation of calls, so no call pairs
-  // with one from before. Processes do not know each other's runs: a group that spans them refuses until Resume.
+  // Before anything of `run`, an execution of a program, is launched on a device of this process: what has failed in
+  // the groups `devices` (group by group, `num_ranks` each), in a sentence, or nothing. If something has, the run is to
+  // be given up. Whoever asks first decides, so all devices of the process give a run up or none does.
+  static std::string HearBefore(int64_t run, const std::vector<int>& devices, int num_ranks);
+  // After that, on the run's stream: if a run of this group has failed, calls of `rank` from here on are of a new
+  // generation, so none pairs with one from before, be it launched or replayed in a CUDA graph.
+  std::string BeginRun(int rank, int64_t run, cudaStream_t stream);
+  // Before each launch of `rank` on `stream`: what has failed meanwhile, in a sentence, or nothing. If something has,
+  // the call is to be launched as refused and the sentence to be raised, like all that follow in the runs that have
+  // begun; later ones begin a new generation. Processes do not know each other's runs: a group that spans them refuses
+  // until Resume.
   std::string Enter(int rank, int64_t run, cudaStream_t stream);
   // Why a peer in another process could not use `address`, an operand or result of `rank`; nothing if it can. If not,
   // the group has failed.
@@ -97,15 +104,17 @@ class Group {
   void SetViewTimeout(uint64_t timeout_ns);
   bool is_local(const Rank& rank) const { return rank.place.device >= 0; }
   std::string Listen();
+  std::string Hear();
+  std::string BeginGeneration(int rank, cudaStream_t stream);
 
   std::vector<Rank> ranks_;
   bool spans_processes_;
   std::mutex making_;  // held while arenas are made
   std::mutex mutex_;   // of what follows, and of heard and generation
   std::vector<std::unique_ptr<SharedArena>> arenas_;
-  uint64_t generation_ = 0;  // in one process: failures heard of
-  int64_t failed_run_ = 0;
-  std::string failure_;  // in one process the last, else the first of this generation
+  uint64_t generation_ = 0;    // in one process: failures heard of
+  uint64_t refused_runs_ = 0;  // in one process: how many had begun when the last failure was heard of
+  std::string failure_;        // in one process the last, else the first of this generation
 };
 
 }  // namespace jax_ep

@@ -24,6 +24,11 @@ struct Member {
 
 // `devices` lists the devices (JAX's ids) of all groups along the axis, group by group, `num_ranks` each; the CUDA
 // device `ordinal` is one of them.
+//
+// At the begin of a run: an error if one of these groups has failed since the last.
+xla::ffi::Error BeginRun(cudaStream_t stream, int ordinal, xla::ffi::RunId run, xla::ffi::Span<const int64_t> devices,
+                         int64_t num_ranks);
+// Before a launch.
 xla::ffi::Error FindMember(const char* operation, cudaStream_t stream, int ordinal, xla::ffi::RunId run,
                            xla::ffi::Span<const int64_t> devices, int64_t num_ranks, Member* member);
 
