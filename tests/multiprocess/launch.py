@@ -26,10 +26,11 @@ def run(
     devices_per_process: int = 4,
     gpus: Sequence[str] | None = None,
     environments: Sequence[dict[str, str]] | None = None,
+    arguments: dict[str, Any] | None = None,
     dies: int | None = None,
     timeout: float = 120,
 ) -> list[Any]:
-    """Runs `worker`, "module:function" of this folder, in each process; returns each one's result, which must fit JSON.
+    """Runs `worker`, "module:function" of this folder, in each process; returns each one's result. Results and `arguments` must fit JSON.
 
     `gpus` has each process's CUDA_VISIBLE_DEVICES, `environments` further variables; the process `dies` is expected to be
     killed, and has no result.
@@ -51,6 +52,7 @@ def run(
         results = [Path(folder) / f"result{i}.json" for i in range(num_processes)]
         job = {
             "worker": worker,
+            "arguments": arguments or {},
             "coordinator": f"localhost:{processes.free_port()}",
             "num_processes": num_processes,
             "dies": dies,
@@ -73,7 +75,7 @@ def main() -> None:
     jax.distributed.initialize(job["coordinator"], job["num_processes"], job["process"])
     module, function = job["worker"].split(":")
     try:
-        result = getattr(importlib.import_module(module), function)()
+        result = getattr(importlib.import_module(module), function)(**job["arguments"])
         Path(job["result"]).write_text(json.dumps(result))
     except BaseException:
         traceback.print_exc()

@@ -6,6 +6,8 @@ A process has two devices. Their "memory" is a memfd each for windows and arena,
 import ctypes
 import mmap
 import os
+import signal
+import threading
 from pathlib import Path
 
 import jax
@@ -118,6 +120,73 @@ def open_files():
     """How many descriptors of FileMemory this process has."""
     links = (path for path in Path("/proc/self/fd").iterdir() if path.is_symlink())
     return sum("jax_ep test" in str(path.readlink()) for path in links)
+
+
+class Anew:
+    """The coordination service as a job of its own would find it: nothing has been said there yet."""
+
+    def __init__(self, client, job):
+        self._client, self._job = client, job
+
+    def __getattr__(self, name):
+        return lambda key, *args, **options: getattr(self._client, name)(f"{self._job}/{key}", *args, **options)
+
+
+def left_over():
+    """What this process holds and could leave behind."""
+    descriptors = [str(path.readlink()) for path in Path("/proc/self/fd").iterdir() if path.is_symlink()]
+    offers = [line for line in Path("/proc/net/unix").read_text().splitlines() if "@jax_ep" in line]
+    return {
+        "descriptors": sorted(descriptors),
+        "offers": [line for line in offers if f"socket:[{line.split()[6]}]" in descriptors],
+        "threads": sorted(thread.name for thread in threading.enumerate()),
+    }
+
+
+def starts_often(count):
+    """So many exchanges one after the other, as of so many jobs; what is there after the first and after the last."""
+    jax_ep.config.arena_bytes = 1 << 20
+    client, seen = compat.distributed_client(), []
+    for job in range(count):
+        peers._world = None
+        me, _, memory = start()
+        world = peers.exchange(Anew(client, job), me, 2, memory)
+        assert world.why_not([(100, 101)]) is None
+        both_here(f"mapped {job}")
+        peers.forget()
+        memory.mapped.clear()  # unmapped, as at a process's end
+        both_here(f"forgotten {job}")
+        for thread in threading.enumerate():
+            if thread.name == "jax_ep descriptors":
+                thread.join(10)
+        both_here(f"over {job}")
+        if job in (0, count - 1):
+            seen.append(left_over())
+        both_here(f"seen {job}")
+    return seen
+
+
+def is_killed(offers):
+    """Process 1 is killed in the middle of the exchange: before others can fetch its memory, or after; what process 0 is told."""
+    me, client, memory = start()
+    jax_ep.config.timeout = 3.0
+    export = memory.export
+
+    def kill(*_):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def export_then_kill(num_bytes):
+        regions = export(num_bytes)
+        memory.map = kill
+        return regions
+
+    if me == 1:
+        memory.export = export_then_kill if offers else kill
+    try:
+        peers.exchange(client, me, 2, memory)
+    except RuntimeError as error:
+        return str(error)
+    return None
 
 
 def refuses():

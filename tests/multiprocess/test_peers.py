@@ -24,6 +24,19 @@ def test_every_rank_reaches_the_memory_of_every_other():
         assert seen["left_open"] == 0
 
 
+def test_twenty_exchanges_leave_no_more_behind_than_one():
+    for first, last in launch.run("peers_worker:starts_often", devices_per_process=1, arguments={"count": 20}):
+        assert last == first
+        assert not first["offers"] and "jax_ep descriptors" not in first["threads"]
+        assert not any("jax_ep test" in name for name in first["descriptors"])
+
+
+@pytest.mark.parametrize(("offers", "topic"), [(False, "memory"), (True, "mapped")])
+def test_a_process_that_is_killed_in_the_exchange_is_named(offers, topic):
+    told, _ = launch.run("peers_worker:is_killed", devices_per_process=1, arguments={"offers": offers}, dies=1)
+    assert f"within 3 s, got no word from process 1 on process 0 ({topic})" in told
+
+
 def test_what_one_process_cannot_share_all_know():
     for spanning, within in launch.run("peers_worker:refuses", devices_per_process=1):
         assert spanning == "process 1: its memory grows"
