@@ -144,6 +144,9 @@ Group::Group(const std::vector<Place>& places) : ranks_(places.size()) {
                                          cudaHostAllocMapped | cudaHostAllocPortable));
     *rank.status = Status{};
     Check("cudaStreamCreate", cudaStreamCreateWithFlags(&rank.aside, cudaStreamNonBlocking));
+    for (cudaEvent_t* event : {&rank.before, &rank.beside}) {
+      Check("cudaEventCreate", cudaEventCreateWithFlags(event, cudaEventDisableTiming));
+    }
     // A kernel first loaded while a peer's kernel waits for it would never run.
     Check("loading dispatch", LoadDispatch());
     Check("loading combine", LoadCombine());
@@ -425,13 +428,40 @@ std::string Group::HearBefore(int64_t run, const std::vector<int>& devices, int 
 std::string Group::BeginRun(int rank, int64_t run, cudaStream_t stream) {
   const uint64_t number = TheRegistry().NumberOf(run);
   std::lock_guard<std::mutex> lock(mutex_);
+  ranks_[rank].main = stream;
   const bool refused = spans_processes_ ? !failure_.empty() : number <= refused_runs_;  // heard of meanwhile
   return refused || ranks_[rank].generation == generation_ ? "" : BeginGeneration(rank, stream);
+}
+
+// Calls of a rank share its window: on whatever stream one is launched, it runs after those launched before. A call
+// that is captured is part of a graph, a chain that runs on the main stream. Called with the mutex held.
+cudaError_t Group::Follow(Rank& rank, cudaStream_t stream) {
+  rank.launches_beside = false;
+  if (rank.main == nullptr) return cudaSuccess;  // not under XLA
+  if (stream != rank.main) {
+    cudaStreamCaptureStatus capture = cudaStreamCaptureStatusNone;
+    if (cudaError_t error = cudaStreamIsCapturing(stream, &capture); error != cudaSuccess) return error;
+    if (capture != cudaStreamCaptureStatusNone) return cudaSuccess;
+    if (cudaError_t error = cudaEventRecord(rank.before, rank.main); error != cudaSuccess) return error;
+    if (cudaError_t error = cudaStreamWaitEvent(stream, rank.before, 0); error != cudaSuccess) return error;
+    rank.launches_beside = true;
+  }
+  const bool waits = rank.has_beside;
+  rank.has_beside = rank.launches_beside;
+  return waits ? cudaStreamWaitEvent(stream, rank.beside, 0) : cudaSuccess;
+}
+
+cudaError_t Group::Leave(int rank, cudaStream_t stream) {
+  std::lock_guard<std::mutex> lock(mutex_);
+  return ranks_[rank].launches_beside ? cudaEventRecord(ranks_[rank].beside, stream) : cudaSuccess;
 }
 
 std::string Group::Enter(int rank, int64_t run, cudaStream_t stream) {
   const uint64_t number = TheRegistry().NumberOf(run);
   std::lock_guard<std::mutex> lock(mutex_);
+  if (cudaError_t error = Follow(ranks_[rank], stream); error != cudaSuccess) {
+    return std::string("its calls could not be put in an order: ") + cudaGetErrorString(error);
+  }
   const std::string failure = Hear();
   if (spans_processes_ && !failure.empty()) return failure;
   if (ranks_[rank].generation == generation_) return "";

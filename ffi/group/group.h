@@ -76,8 +76,10 @@ class Group {
   // Before each launch of `rank` on `stream`: what has failed meanwhile, in a sentence, or nothing. If something has,
   // the call is to be launched as refused and the sentence to be raised, like all that follow in the runs that have
   // begun; later ones begin a new generation. Processes do not know each other's runs: a group that spans them refuses
-  // until Resume.
+  // until Resume. On whatever stream, calls run one after another in the order in which they are launched.
   std::string Enter(int rank, int64_t run, cudaStream_t stream);
+  // After each launch.
+  cudaError_t Leave(int rank, cudaStream_t stream);
   // Why a peer in another process could not use `address`, an operand or result of `rank`; nothing if it can. If not,
   // the group has failed.
   std::string CheckShared(int rank, const void* address);
@@ -91,6 +93,11 @@ class Group {
     cudaStream_t aside = nullptr;  // for the host's writes while kernels wait: the default stream could wait for them
     uint32_t heard = 0;            // failures of this rank that the host has heard of
     uint64_t generation = 0;       // of this rank's calls
+    // Calls beside the run's main stream, as XLA places those inside of compute_on: one is being launched now, one was
+    // launched since the last on the main stream; and the events that keep them apart from the others.
+    cudaStream_t main = nullptr;
+    bool launches_beside = false, has_beside = false;
+    cudaEvent_t before = nullptr, beside = nullptr;
   };
 
   struct SharedArena {
@@ -106,6 +113,7 @@ class Group {
   std::string Listen();
   std::string Hear();
   std::string BeginGeneration(int rank, cudaStream_t stream);
+  static cudaError_t Follow(Rank& rank, cudaStream_t stream);
 
   std::vector<Rank> ranks_;
   bool spans_processes_;

@@ -50,6 +50,7 @@ xla::ffi::Error BeginRun(cudaStream_t stream, int ordinal, xla::ffi::RunId run, 
 xla::ffi::Error FindMember(const char* operation, cudaStream_t stream, int ordinal, xla::ffi::RunId run,
                            xla::ffi::Span<const int64_t> devices, int64_t num_ranks, Member* member) {
   if (xla::ffi::Error error = FindRank(operation, ordinal, devices, num_ranks, member); error.failure()) return error;
+  member->stream = stream;
   member->failure = member->group->Enter(member->rank, run.run_id, stream);
   return xla::ffi::Error::Success();
 }
@@ -61,6 +62,7 @@ void CheckMail(Member* member, std::initializer_list<const void*> addresses) {
 }
 
 xla::ffi::Error Report(const char* operation, const Member& member, cudaError_t launched) {
+  if (launched == cudaSuccess) launched = member.group->Leave(member.rank, member.stream);
   if (launched != cudaSuccess || !member.refused()) return FromCuda(operation, launched);
   return Failed(operation, member.failure);
 }

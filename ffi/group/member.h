@@ -15,6 +15,7 @@ namespace jax_ep {
 struct Member {
   Group* group = nullptr;
   int rank = 0;
+  cudaStream_t stream = nullptr;
   // What has failed in the group: the call is to be launched as refused, and this is its error. Mostly empty.
   std::string failure;
 

@@ -4,6 +4,7 @@
 // g++ -std=c++17 -Iffi -I<cuda>/include -o group tests/host/group.cc ffi/group/group.cc -lpthread
 #include "group/group.h"
 
+#include <algorithm>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -16,6 +17,8 @@
 #include "low_latency/low_latency.h"
 
 std::vector<const jax_ep::GroupView*> g_views;
+// A stream or event is here what it comes after: the calls launched on a stream, and those it has waited for.
+std::vector<int>* g_capturing = nullptr;
 
 namespace jax_ep {
 
@@ -46,6 +49,21 @@ cudaError_t cudaMemcpy(void* to, const void* from, size_t bytes, cudaMemcpyKind)
 }
 cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMemcpyKind kind, cudaStream_t) {
   return cudaMemcpy(to, from, bytes, kind);
+}
+cudaError_t cudaEventCreateWithFlags(cudaEvent_t* event, unsigned int) {
+  return *event = reinterpret_cast<cudaEvent_t>(new std::vector<int>), cudaSuccess;
+}
+cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t stream) {
+  return *reinterpret_cast<std::vector<int>*>(event) = *reinterpret_cast<std::vector<int>*>(stream), cudaSuccess;
+}
+cudaError_t cudaStreamWaitEvent(cudaStream_t stream, cudaEvent_t event, unsigned int) {
+  auto& done = *reinterpret_cast<std::vector<int>*>(stream);
+  const auto& before = *reinterpret_cast<std::vector<int>*>(event);
+  return done.insert(done.end(), before.begin(), before.end()), cudaSuccess;
+}
+cudaError_t cudaStreamIsCapturing(cudaStream_t stream, cudaStreamCaptureStatus* status) {
+  const bool captures = reinterpret_cast<std::vector<int>*>(stream) == g_capturing;
+  return *status = captures ? cudaStreamCaptureStatusActive : cudaStreamCaptureStatusNone, cudaSuccess;
 }
 cudaError_t cudaStreamCreateWithFlags(cudaStream_t*, unsigned int) { return cudaSuccess; }
 cudaError_t cudaStreamDestroy(cudaStream_t) { return cudaSuccess; }
@@ -163,6 +181,39 @@ void Replays() {
   EXPECT(begin(2999).empty() && TakeBegun() == Begun{{0, 4}, {1, 4}});
 }
 
+// Whatever streams calls are launched on, each comes after all before it.
+void Streams() {
+  Group& group = Group::OfDevices({11});
+  std::vector<int> main, beside, other, captured;
+  const auto stream = [](std::vector<int>& calls) { return reinterpret_cast<cudaStream_t>(&calls); };
+  const auto call = [&](std::vector<int>& on, int number) {
+    EXPECT(group.Enter(0, 5000, stream(on)).empty());
+    const std::vector<int> before = on;
+    on.push_back(number);
+    EXPECT(group.Leave(0, stream(on)) == cudaSuccess);
+    return before;
+  };
+  const auto has_all = [](const std::vector<int>& before, int up_to) {
+    for (int i = 0; i < up_to; ++i) {
+      if (std::find(before.begin(), before.end(), i) == before.end()) return false;
+    }
+    return true;
+  };
+  EXPECT(group.BeginRun(0, 5000, stream(main)).empty());
+  int number = 0;
+  for (auto* on : {&main, &beside, &main, &main, &beside, &beside, &other, &beside, &other, &main, &other, &main}) {
+    EXPECT(has_all(call(*on, number), number));
+    ++number;
+  }
+  // On the main stream alone nothing is waited for, and a capture is left alone.
+  const size_t before = main.size();
+  call(main, 100);
+  g_capturing = &captured;
+  EXPECT(call(captured, 101).empty() && captured == std::vector<int>{101});
+  call(main, 102);
+  EXPECT(main.size() == before + 2);
+}
+
 std::vector<Place> Places(char* windows) {
   const auto window = [&](int i) { return reinterpret_cast<uint64_t>(windows) + i * sizeof(Window); };
   const uint64_t negative = -4096;
@@ -260,6 +311,7 @@ int main() {
   Group::SetOrdinals({{10, 0}, {11, 1}});
   OneProcess();
   Replays();
+  Streams();
   SeveralProcesses();
   Unknown();
   Group::SetTimeout(1.5);
