@@ -102,9 +102,11 @@ NB_MODULE(_core, module) {
       .def_ro("fd", &jax_ep::SharedMemory::fd)
       .def_ro("begin", &jax_ep::SharedMemory::begin)
       .def_ro("bytes", &jax_ep::SharedMemory::bytes);
-  module.def("make_shared_memory", &jax_ep::MakeSharedMemory, nb::arg("device"), nb::arg("bytes"), nb::arg("devices"));
+  using Released = nb::call_guard<nb::gil_scoped_release>;  // other threads answer other processes meanwhile
+  module.def("make_shared_memory", &jax_ep::MakeSharedMemory, nb::arg("device"), nb::arg("bytes"), nb::arg("devices"),
+             Released());
   module.def("export_allocation", &jax_ep::ExportAllocation, nb::arg("device"), nb::arg("address"));
-  module.def("import_memory", &jax_ep::ImportMemory, nb::arg("fd"), nb::arg("bytes"), nb::arg("devices"));
+  module.def("import_memory", &jax_ep::ImportMemory, nb::arg("fd"), nb::arg("bytes"), nb::arg("devices"), Released());
   module.def(
       "make_shared_arena",
       [](const std::vector<int>& devices, jax_ep::Purpose purpose, int64_t bytes, const std::vector<uint64_t>& at) {

@@ -15,9 +15,9 @@ class Config:
       max_groups: for how many groupings of devices (a mesh and its expert-parallel axes) kernels can serve several
         processes (default 8); each takes about 10 MB on every GPU. Read by `initialize`, the same in every process;
         further ones are served by XLA's collectives.
-      arena_bytes: memory on every GPU for what groups over several processes keep between calls (default 512 MiB): a size
-        of low-latency call takes up to 8 times what a rank receives in it. Read by `initialize`, the same in every process;
-        calls for which none is left are served as high-throughput ones.
+      arena_bytes: memory on every GPU, shared when `initialize` is called, for what groups over several processes keep
+        between calls (default 256 MiB): a size of low-latency call takes up to 8 times what a rank receives in it. Where it
+        is used up, further memory is made while programs are lowered. The same in every process.
 
     Example:
       >>> import jax_ep
@@ -30,7 +30,7 @@ class Config:
 
     def __init__(self) -> None:
         self._max_groups = 8
-        self._arena_bytes = 512 << 20
+        self._arena_bytes = 256 << 20
         self.timeout = 60.0
 
     @property
@@ -55,7 +55,7 @@ class Config:
     def arena_bytes(self, number: int) -> None:
         if number != int(number) or number < 0:
             raise ValueError(
-                f"config: arena_bytes must be a number of bytes, got {number}. Use 2**29 (the default), or 0 for none."
+                f"config: arena_bytes must be a number of bytes, got {number}. Use 2**28 (the default), or 0 for none."
             )
         self._arena_bytes = int(number)
 

@@ -4,7 +4,7 @@ All of it is exchanged once, by `initialize`: on every device windows for `confi
 for arenas, and XLA's memory there, into which kernels of peers write. So making a group or an arena while a program is lowered
 waits for no other process; they only agree, through set-once keys, on who gets which part. What cannot be shared is known to
 all of them, so they decide alike.
-Neighbours: coordination.py, descriptors.py, ffi/group/shared_memory.h; group.py asks.
+Neighbours: coordination.py, descriptors.py, arenas.py, ffi/group/shared_memory.h; group.py asks.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any, Protocol
 import jax
 import numpy as np
 
-from jax_ep._src import coordination, descriptors, targets
+from jax_ep._src import arenas, coordination, descriptors, targets
 from jax_ep._src.config import config
 
 Group = tuple[int, ...]  # of device ids, rank by rank
@@ -48,6 +48,9 @@ class Memory(Protocol):
     def export(self, num_bytes: int) -> list[tuple[Region, Region]]:
         """Of each device, zeros for windows and arenas, and the memory of its arrays; RuntimeError with the reason if it cannot be."""
 
+    def make(self, num_bytes: int, device_ids: Sequence[int]) -> list[Region]:
+        """New zeros on each of these devices; RuntimeError with the reason if there is no room."""
+
     def map(self, descriptor: int, num_bytes: int) -> int:
         """Makes another process's memory accessible to all devices of this one; returns its address here."""
 
@@ -70,12 +73,25 @@ class CudaMemory:
         try:
             for device in self._devices:
                 xla = self.xla_memory(device)
-                shared = targets.make_shared_memory(device.local_hardware_id, num_bytes, self._ordinals)
-                regions.append((Region(shared.fd, shared.begin, shared.bytes), xla))
+                (shared,) = self.make(num_bytes, [device.id])
+                regions.append((shared, xla))
         except Exception:
             for pair in regions:
                 for region in pair:
                     os.close(region.descriptor)
+            raise
+        return regions
+
+    def make(self, num_bytes: int, device_ids: Sequence[int]) -> list[Region]:
+        ordinals = dict(zip(self.device_ids(), self._ordinals, strict=True))
+        regions: list[Region] = []
+        try:
+            for device_id in device_ids:
+                shared = targets.make_shared_memory(ordinals[device_id], num_bytes, self._ordinals)
+                regions.append(Region(shared.fd, shared.begin, shared.bytes))
+        except Exception:
+            for region in regions:
+                os.close(region.descriptor)
             raise
         return regions
 
@@ -120,6 +136,8 @@ class World:
     devices: dict[int, Device]
     max_groups: int  # for so many groupings there are windows
     arena_bytes: int  # for arenas, behind the windows
+    makers: list[str | None]  # where each process answers who asks for larger ones
+    maker: arenas.Maker | None  # this one's
 
     def why_not(self, groups: Sequence[Group]) -> str | None:
         """Why kernels cannot serve these groups; None if they can. The same in every process."""
@@ -149,10 +167,11 @@ class World:
             places.append((device.process, ordinals.get(device_id, -1), window, *device.xla, shift))
         return places
 
-    def arena(self, group: Group, offset: int) -> list[int]:
-        """Of each rank, where this process sees the arena that begins at `offset` among the arenas."""
-        here = [self.devices[device].shared_here for device in group]
-        return [begin + self.max_groups * window_stride() + offset for begin in here if begin is not None]
+    def arena(self, groups: Sequence[Group], offset: int) -> dict[int, int]:
+        """Of each device, where this process sees, if it does, the arena that begins at `offset` among the arenas."""
+        here = {device: self.devices[device].shared_here for group in groups for device in group}
+        behind = self.max_groups * window_stride() + offset
+        return {device: begin + behind for device, begin in here.items() if begin is not None}
 
 
 _exported: dict[str, Any] = {}  # by an exchange that may have to be tried again: what is exported, and the offer of it
@@ -196,6 +215,7 @@ def exchange(client: Any, me: int, num_processes: int, memory: Memory) -> World:
             except (OSError, RuntimeError) as error:
                 failures[str(process)] = f"its memory cannot be mapped: {error}"
     verdicts = coordination.gather(client, "mapped", failures, me, num_processes)  # by then, all have fetched
+    maker = _exported.pop("maker", None)
     forget()
     reasons: dict[tuple[int, ...], str] = {}
     for process, table in enumerate(tables):
@@ -210,14 +230,17 @@ def exchange(client: Any, me: int, num_processes: int, memory: Memory) -> World:
                 (shared[0], xla[0]) if process == me else (here[2 * i], here[2 * i + 1]) if here else (None, None)
             )
             devices[device_id] = Device(process, tuple(shared), tuple(xla), *addresses)
-    _world = World(me, hosts, reasons, devices, config.max_groups, config.arena_bytes)
+    _world = World(
+        me, hosts, reasons, devices, config.max_groups, config.arena_bytes, [table["maker"] for table in tables], maker
+    )
     return _world
 
 
 def forget() -> None:
     """Ends the offer of an exchange; mapped memory stays, since peers may still write to it."""
-    if offer := _exported.pop("offer", None):
-        offer.close()
+    for name in ("offer", "maker"):
+        if server := _exported.pop(name, None):
+            server.close()
     _exported.clear()
 
 
@@ -229,6 +252,7 @@ def _export(memory: Memory, has_neighbours: bool) -> dict[str, Any]:
     devices = [(device_id, nothing, nothing) for device_id in memory.device_ids()]
     table: dict[str, Any] = {
         "offer": None,
+        "maker": None,
         "devices": devices,
         "reasons": {},
     }  # by 1 or 2, as the keys of World.reasons
@@ -243,7 +267,8 @@ def _export(memory: Memory, has_neighbours: bool) -> dict[str, Any]:
             table["reasons"][2] = str(error)
         else:
             _exported["offer"] = descriptors.Offer([region.descriptor for pair in regions for region in pair])
-            table["offer"] = _exported["offer"].name
+            _exported["maker"] = arenas.Maker(memory)
+            table |= {name: _exported[name].name for name in ("offer", "maker")}
             table["devices"] = [
                 (device_id, (shared.begin, shared.num_bytes), (xla.begin, xla.num_bytes))
                 for (device_id, _, _), (shared, xla) in zip(devices, regions, strict=True)

@@ -339,6 +339,7 @@ def sizes_by_turns():
 
 
 def core_on_gpus():
+    jax_ep.config.arena_bytes = 1 << 20  # for some arenas; processes make the others when asked
     jax_ep.initialize()
     checks = {"barrier": barrier, "sizes by turns": sizes_by_turns}
     for mode in ("high_throughput", "low_latency"):

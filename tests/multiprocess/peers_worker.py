@@ -14,7 +14,9 @@ import jax
 from jax._src import distributed
 
 import jax_ep
-from jax_ep._src import compat, coordination, peers, targets
+from jax_ep._src import arenas, compat, coordination, peers, targets
+
+MOST_BYTES = 1 << 24  # of an arena that is made apart
 
 
 class FileMemory:
@@ -36,6 +38,13 @@ class FileMemory:
         if self._refusal:
             raise RuntimeError(self._refusal)
         return [(self._new(num_bytes), self._new(1 << 16)) for _ in self._device_ids]
+
+    def make(self, num_bytes, device_ids):
+        if num_bytes > MOST_BYTES:
+            raise RuntimeError("out of memory")
+        self.exports += 1
+        assert set(device_ids) <= set(self._device_ids)
+        return [self._new(num_bytes) for _ in device_ids]
 
     def map(self, descriptor, num_bytes):
         pages = mmap.mmap(descriptor, num_bytes)
@@ -87,7 +96,7 @@ def shares():
     for rank, (_, _, window, *_) in enumerate(places):
         for source in (i for i, place in enumerate(places) if place[1] >= 0):
             word(window + 8 * source, 1000 * source + rank)
-            word(world.arena(group, 8192)[rank] + 8 * source, -(1000 * source + rank) % 2**64)
+            word(world.arena([group], 8192)[group[rank]] + 8 * source, -(1000 * source + rank) % 2**64)
     # An address in XLA's memory of a device as its owner sees it, for the other to translate.
     own = next(i for i, place in enumerate(places) if place[1] == 0)
     begin, num_bytes, shift = places[own][3:]
@@ -98,7 +107,7 @@ def shares():
     read = word((address + places[rank][5]) % 2**64)
     both_here("written")
     windows = [[word(window + 8 * i) for i in range(4)] for _, device, window, *_ in places if device >= 0]
-    own_arenas = [at for at, place in zip(world.arena(group, 8192), places, strict=True) if place[1] >= 0]
+    own_arenas = [world.arena([group], 8192)[group[rank]] for rank, place in enumerate(places) if place[1] >= 0]
     arenas = [[-word(at + 8 * i) % 2**64 for i in range(4)] for at in own_arenas]
     neighbours = [word(window + peers.window_stride()) for _, device, window, *_ in places if device >= 0]
     return {
@@ -152,8 +161,10 @@ def starts_often(count):
         me, _, memory = start()
         world = peers.exchange(Anew(client, job), me, 2, memory)
         assert world.why_not([(100, 101)]) is None
+        assert set(arenas.make(world, [(100, 101)], "key", 5000)) == {100, 101}
         both_here(f"mapped {job}")
         peers.forget()
+        world.maker.close()
         memory.mapped.clear()  # unmapped, as at a process's end
         both_here(f"forgotten {job}")
         for thread in threading.enumerate():
@@ -187,6 +198,39 @@ def is_killed(offers):
     except RuntimeError as error:
         return str(error)
     return None
+
+
+def makes_more():
+    """Arenas that processes make when asked: who asks first, again, for too much, and when one of them is gone."""
+    me, client, memory = start()
+    world = peers.exchange(client, me, 2, memory)
+    group, seen = (100, 201, 101, 200), {}
+    if me == 0:  # before process 1 has come here at all
+        before = arenas.make(world, [group], "a", 5000)
+    both_here("asked by 0")
+    here = arenas.make(world, [group], "a", 5000)
+    for i, device in enumerate(group):
+        word(here[device] + 8 * me, 10 * i + me)
+    both_here("written")
+    seen["words"] = [[word(here[device] + 8 * source) for source in range(2)] for device in group]
+    seen["again"] = me == 1 or seen["words"] == [[word(before[d] + 8 * source) for source in range(2)] for d in group]
+    # Different ones, in different orders at the same time; one in which only some devices take part.
+    keys = [("b", [group]), ("c", [(101, 100)]), ("d", [(200, 201), (101, 100)])]
+    for key, groups in keys if me == 0 else keys[::-1]:
+        seen[key] = sorted(arenas.make(world, groups, key, 100))
+    seen["made"] = memory.exports
+    seen["too much"] = arenas.make(world, [group], "e", MOST_BYTES + 1)
+    both_here("all asked")
+    if me == 1:
+        world.maker.close()
+    both_here("1 answers no more")
+    jax_ep.config.timeout = 2.0
+    if me == 0:
+        try:
+            arenas.make(world, [group], "f", 100)
+        except RuntimeError as error:
+            seen["gone"] = str(error)
+    return seen
 
 
 def refuses():

@@ -27,7 +27,7 @@ def test_two_processes_meet_or_are_told_who_is_missing_or_different():
 
     installed = importlib.metadata.version("jax-ep")
     theirs, mine = (
-        f"jax-ep {v}, jaxlib {jax.lib.__version__}, max_groups 8, arena_bytes 536870912" for v in ("9.9.9", installed)
+        f"jax-ep {v}, jaxlib {jax.lib.__version__}, max_groups 8, arena_bytes 268435456" for v in ("9.9.9", installed)
     )
     assert f"got {theirs} on process 1 and {mine} on process 0" in first["versions"]
     assert f"got {mine} on process 0 and {theirs} on process 1" in second["versions"]

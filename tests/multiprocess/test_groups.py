@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import jax_ep
-from jax_ep._src import compat, coordination, group, peers, targets
+from jax_ep._src import arenas, compat, coordination, group, peers, targets
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +42,7 @@ def world(reasons=None, max_groups=8, arena_bytes=1 << 20):
         )
         for gpu in GPUS
     }
-    return peers.World(0, HOSTS, reasons or {}, devices, max_groups, arena_bytes)
+    return peers.World(0, HOSTS, reasons or {}, devices, max_groups, arena_bytes, ["a", "b", "c"], None)
 
 
 class Made:
@@ -78,10 +78,10 @@ def made(monkeypatch):
     monkeypatch.setattr(coordination, "claim", claim)
     monkeypatch.setattr(coordination, "allot", allot)
     monkeypatch.setattr(jax, "devices", lambda: GPUS)
-    for cache in (group._of_devices, group._offset):
+    for cache in (group._of_devices, group._shared):
         cache.cache_clear()
     yield made
-    for cache in (group._of_devices, group._offset):
+    for cache in (group._of_devices, group._shared):
         cache.cache_clear()
 
 
@@ -193,17 +193,31 @@ def test_arenas_within_a_process_need_no_shared_memory(monkeypatch, made):
     assert made.arenas == [([10, 11], "purpose", 5000, [])]
 
 
-def test_where_shared_memory_is_used_up_there_is_no_arena_and_a_warning_says_what_to_do(monkeypatch, made):
+def test_where_shared_memory_is_used_up_processes_make_more(monkeypatch, made):
+    known, asked = world(arena_bytes=8191), []
+    monkeypatch.setattr(arenas, "make", lambda *question: asked.append(question) or {10: 1, 11: 2, 12: 3, 13: 4})
+    for _ in range(2):
+        assert arena_of(monkeypatch, known, ((12, 10), (13, 11)), 5000) == (True, [])
+    assert made.arenas[:2] == [([12, 10], "purpose", 5000, [3, 1]), ([13, 11], "purpose", 5000, [4, 2])]
+    assert asked == [(known, ((12, 10), (13, 11)), "purpose ((12, 10), (13, 11)) 8192", 8192)]
+
+
+def test_where_no_memory_is_to_be_had_there_is_no_arena_and_a_warning_says_why(monkeypatch, made):
+    monkeypatch.setattr(arenas, "make", lambda *question: "process 1: out of memory")
     there, (warned,) = arena_of(monkeypatch, world(arena_bytes=8191), ((10, 12),), 5000)
     assert not there and not made.arenas
-    assert "raise jax_ep.config.arena_bytes = 8191 before jax_ep.initialize()" in warned
+    assert "jax_ep.config.arena_bytes = 8191 are used up, and more is not to be had: process 1: out of memory" in warned
+
+
+def test_processes_of_several_hosts_do_not_ask_each_other():
+    assert "processes [0, 2] are on several hosts" in arenas.make(world(), [(10, 11), (14, 15)], "key", 100)
 
 
 @pytest.mark.parametrize("number", [-1, 2.5])
 def test_arenas_of_a_number_of_bytes_that_is_none_are_refused(number):
     with pytest.raises(ValueError, match="arena_bytes must be a number of bytes"):
         jax_ep.config.arena_bytes = number
-    assert jax_ep.config.arena_bytes == 1 << 29
+    assert jax_ep.config.arena_bytes == 1 << 28
 
 
 @pytest.mark.parametrize("number", [0, -1, 2.5])

@@ -1,5 +1,7 @@
 """Processes map each other's memory, agree on what kernels can serve, on windows, and on where to go on after a failure."""
 
+import re
+
 import launch
 import pytest
 
@@ -22,6 +24,17 @@ def test_every_rank_reaches_the_memory_of_every_other():
         assert seen["neighbours"] == [0, 0]  # the next group's windows
         assert seen["read"] == 7001 - me
         assert seen["left_open"] == 0
+
+
+def test_processes_make_memory_for_each_other_whenever_one_asks():
+    first, second = launch.run("peers_worker:makes_more", devices_per_process=1)
+    for seen in (first, second):
+        assert seen["again"]
+        assert seen["words"] == [[10 * i, 10 * i + 1] for i in range(4)]
+        assert [seen[key] for key in "bcd"] == [[100, 101, 200, 201], [100, 101], [100, 101, 200, 201]]
+        assert seen["made"] == 1 + 4  # the exchange's, and one for each of the arenas a to d
+        assert re.fullmatch("process [01]: out of memory", seen["too much"])
+    assert "process 1 must make memory that calls of this size share, and gave process 0 no answer" in first["gone"]
 
 
 def test_twenty_exchanges_leave_no_more_behind_than_one():
