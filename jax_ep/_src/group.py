@@ -126,7 +126,7 @@ def _shared(groups: Groups, purpose: str, num_bytes: int, world: peers.World) ->
     if not isinstance(here, str):
         return here
     warnings.warn(
-        f"jax_ep: no memory of {room} bytes is shared between the processes of a group, so low latency does not serve its "
+        f"jax_ep: no memory of {room} bytes is shared between the processes of a group ({purpose}), so other ways serve its "
         f"calls of this size: jax_ep.config.arena_bytes = {world.arena_bytes} are used up, and more is not to be had: {here}",
         RuntimeWarning,
         stacklevel=2,
