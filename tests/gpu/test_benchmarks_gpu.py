@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import pytest
 
 pytestmark = pytest.mark.gpu
@@ -54,7 +55,7 @@ def test_calls_inside_jit_are_timed(tmp_path, launch):
 
 
 @pytest.mark.multiprocess
-@pytest.mark.skipif("len(jax.devices()) % 2 == 1", reason="needs an even number of GPUs")
+@pytest.mark.skipif(len(jax.devices()) % 2 == 1, reason="needs an even number of GPUs")
 def test_a_process_a_gpu_is_timed_beside_one_for_all(tmp_path):
     some = ["--cases", "expert", "--layouts", "expert", "--operations", "pair", "--wires", "none", "--baselines"]
     some += ["--modes", "high_throughput", "low_latency", "--calls", "4", "--samples", "3", "--launch", "stream"]
