@@ -13,6 +13,7 @@
 namespace nb = nanobind;
 
 extern "C" XLA_FFI_Error* JaxEpBarrier(XLA_FFI_CallFrame*);
+extern "C" XLA_FFI_Error* JaxEpBeginRun(XLA_FFI_CallFrame*);
 extern "C" XLA_FFI_Error* JaxEpCombine(XLA_FFI_CallFrame*);
 extern "C" XLA_FFI_Error* JaxEpDispatch(XLA_FFI_CallFrame*);
 extern "C" XLA_FFI_Error* JaxEpDispatchCached(XLA_FFI_CallFrame*);
@@ -29,16 +30,22 @@ extern "C" XLA_FFI_Error* JaxEpNotify(XLA_FFI_CallFrame*);
 
 namespace {
 
+// By target, then by stage; those of calls through a group have two.
 nb::dict Handlers() {
+  using Handler = XLA_FFI_Error* (*)(XLA_FFI_CallFrame*);
   nb::dict handlers;
-  const auto add = [&](const char* target, XLA_FFI_Error* (*handler)(XLA_FFI_CallFrame*)) {
-    handlers[target] = nb::capsule(reinterpret_cast<void*>(handler));
+  const auto capsule = [](Handler handler) { return nb::capsule(reinterpret_cast<void*>(handler)); };
+  const auto add = [&](const char* target, Handler execute, Handler initialize = JaxEpBeginRun) {
+    nb::dict stages;
+    stages["execute"] = capsule(execute);
+    if (initialize != nullptr) stages["initialize"] = capsule(initialize);
+    handlers[target] = stages;
   };
   add("jax_ep_barrier", JaxEpBarrier);
   add("jax_ep_combine", JaxEpCombine);
   add("jax_ep_dispatch", JaxEpDispatch);
   add("jax_ep_dispatch_cached", JaxEpDispatchCached);
-  add("jax_ep_dispatch_layout", JaxEpDispatchLayout);
+  add("jax_ep_dispatch_layout", JaxEpDispatchLayout, nullptr);
   add("jax_ep_low_latency_combine", JaxEpLowLatencyCombine);
   add("jax_ep_low_latency_combine_done", JaxEpLowLatencyCombineDone);
   add("jax_ep_low_latency_combine_start", JaxEpLowLatencyCombineStart);
@@ -95,15 +102,19 @@ NB_MODULE(_core, module) {
       .def_ro("fd", &jax_ep::SharedMemory::fd)
       .def_ro("begin", &jax_ep::SharedMemory::begin)
       .def_ro("bytes", &jax_ep::SharedMemory::bytes);
-  module.def("make_shared_memory", &jax_ep::MakeSharedMemory, nb::arg("device"), nb::arg("bytes"), nb::arg("devices"));
+  using Released = nb::call_guard<nb::gil_scoped_release>;  // other threads answer other processes meanwhile
+  module.def("make_shared_memory", &jax_ep::MakeSharedMemory, nb::arg("device"), nb::arg("bytes"), nb::arg("devices"),
+             Released());
   module.def("export_allocation", &jax_ep::ExportAllocation, nb::arg("device"), nb::arg("address"));
-  module.def("import_memory", &jax_ep::ImportMemory, nb::arg("fd"), nb::arg("bytes"), nb::arg("devices"));
+  module.def("import_memory", &jax_ep::ImportMemory, nb::arg("fd"), nb::arg("bytes"), nb::arg("devices"), Released());
   module.def(
-      "make_arenas",
-      [](const std::vector<int>& devices, int64_t window_bytes) {
-        jax_ep::Group::OfDevices(devices).MakeArenas(window_bytes);
+      "make_shared_arena",
+      [](const std::vector<int>& devices, jax_ep::Purpose purpose, int64_t bytes, const std::vector<uint64_t>& at) {
+        jax_ep::Group::OfDevices(devices).MakeSharedArena(purpose, bytes, at);
       },
-      nb::arg("devices"), nb::arg("window_bytes"));
+      nb::arg("devices"), nb::arg("purpose"), nb::arg("bytes"), nb::arg("at"));
+  module.def("low_latency_arena_bytes", &jax_ep::Group::LowLatencyArenaBytes, nb::arg("window_bytes"));
+  nb::enum_<jax_ep::Purpose>(module, "Purpose").value("LOW_LATENCY", jax_ep::Purpose::kLowLatency);
   module.def("low_latency_dispatch_bytes", &LowLatencyDispatchBytes, nb::arg("num_ranks"), nb::arg("num_experts"),
              nb::arg("layout"), nb::arg("num_tokens"), nb::arg("num_topk"), nb::arg("max_recv_tokens"),
              nb::arg("row_bytes"), nb::arg("has_weights"), nb::arg("is_routed"), nb::arg("encodes"));

@@ -111,8 +111,37 @@ def test_each_way_to_launch_is_a_process_whose_bad_end_is_recorded(tmp_path, mon
     monkeypatch.setattr(exchange, "GRAPH_FLAGS", "--no_such_flag_of_xla")
     measure(tmp_path / "bad.json", "--launch", "graph", *options)
     (row,) = json.loads((tmp_path / "bad.json").read_text())
-    assert row["error"].startswith("failed: the process ended with status") and row["us"] is None and row["graph"]
+    assert row["error"].startswith("failed: process 0 exited with") and row["us"] is None and row["graph"]
     assert set(module("summary").KEYS) <= set(row)
+
+
+@pytest.mark.multiprocess
+def test_rows_of_several_processes_stand_beside_those_of_one(tmp_path, capfd):
+    options = ["--layouts", "rank", "--operations", "pair", "--baselines", "all_to_all", "--calls", "2"]
+    measure(tmp_path / "processes.json", "--cpu-devices", "4", "--processes", "1", "2", *options)
+    rows = json.loads((tmp_path / "processes.json").read_text())
+    assert [(row["by"], row["processes"], row["ranks"], row["error"]) for row in rows] == [
+        (by, count, 4, None) for count in (1, 2) for by in ("jax_ep", "all_to_all")
+    ]
+    one, several = ({key: row[key] for key in row if not key.startswith(("us", "p1", "p9"))} for row in rows[::2])
+    times = ("processes", "ceiling", "ceiling_us", "ratio")
+    assert {key for key in one if one[key] != several[key]} <= set(times) and several["ceiling_us"] > 0
+    assert "jax_ep, rank, 2 processes" in capfd.readouterr().err
+
+
+@pytest.mark.multiprocess
+def test_a_process_of_several_that_ends_badly_is_recorded_and_ends_the_others(tmp_path, monkeypatch):
+    monkeypatch.setattr(module("exchange"), "GRAPH_FLAGS", "--no_such_flag_of_xla")
+    options = ["--layouts", "rank", "--operations", "pair", "--baselines", "--launch", "graph"]
+    measure(tmp_path / "bad.json", "--cpu-devices", "2", "--processes", "2", *options)
+    (row,) = json.loads((tmp_path / "bad.json").read_text())
+    assert row["error"].startswith("failed: process ") and (row["processes"], row["us"]) == (2, None)
+
+
+def test_processes_that_do_not_divide_the_devices_are_refused(capsys):
+    with pytest.raises(SystemExit):
+        module("exchange").parse(["--cpu-devices", "4", "--processes", "3"])
+    assert "--processes must divide --cpu-devices" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("layout", ["expert", "rank"])

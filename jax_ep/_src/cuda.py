@@ -1,8 +1,8 @@
 """The primitives on CUDA: which kernel serves a call, and what it is told. The table at the end says which primitives have one.
 
-Whatever a kernel does not take falls back, with the same meaning: from low latency to high throughput (groups over several
-processes too), from there to the reference: no peer access, processes on several hosts, empty arrays, shapes beyond the
-kernel's limits. The halves of a call are low latency or the reference's. Neighbours: group.py finds the devices,
+Whatever a kernel does not take falls back, with the same meaning: from low latency to high throughput (too little memory
+is shared between processes), from there to the reference: no peer access, processes on several hosts, empty arrays, shapes
+beyond the kernel's limits. The halves of a call are low latency or the reference's. Neighbours: group.py finds the devices,
 ffi/*/*_ffi.cc are the other side.
 """
 

@@ -68,16 +68,18 @@ for _target, _handler in _core.handlers().items():
     jax.ffi.register_ffi_target(_target, _handler, platform="CUDA")
 
 Place = _core.Place
+Purpose = _core.Purpose
 built_ffi_api: Version = _core.ffi_api
 cuda_version: Version = _core.cuda_version
 export_allocation = _core.export_allocation
 has_failed_spanning = _core.has_failed_spanning
 have_peer_access = _core.have_peer_access
 import_memory = _core.import_memory
+low_latency_arena_bytes = _core.low_latency_arena_bytes
 low_latency_combine_bytes = _core.low_latency_combine_bytes
 low_latency_dispatch_bytes = _core.low_latency_dispatch_bytes
-make_arenas = _core.make_arenas
 make_group = _core.make_group
+make_shared_arena = _core.make_shared_arena
 make_shared_memory = _core.make_shared_memory
 make_spanning_group = _core.make_spanning_group
 resume = _core.resume

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from cases import case
 from jax import lax
+from jax.experimental.compute_on import compute_on
 from layer import draw_many, layer, oracle_layer, place
 from spmd import assert_same_bits, sharded, split_ranks
 
@@ -79,6 +80,33 @@ def test_replays_in_flight_together():
     placed = [place(c, args) for args in inputs]
     for result, args in zip([f(*args) for args in placed], inputs, strict=True):
         assert_same_bits(split_ranks(result, c.num_ranks), oracle_of(c, unrolled, *args))
+
+
+def side_by_side(case, stream):
+    """LAYERS layers that do not depend on each other, every second of them on a stream of its own."""
+
+    def one(*args):
+        return layer(case, *args)
+
+    beside = compute_on(one, compute_type=f"gpu_stream:{stream}", out_memory_spaces=jax.memory.Space.Device)
+
+    def f(x, topk_idx, weights):
+        return jax.numpy.stack([(beside if i % 2 else one)(x[i], topk_idx[i], weights[i]) for i in range(LAYERS)])
+
+    return f
+
+
+@pytest.mark.parametrize("stream", ["1", "collective"])
+def test_calls_beside_the_main_stream_keep_the_order_of_the_group(stream):
+    c = case("expert")
+    f = jax.jit(sharded(c, side_by_side(c, stream), check_vma=False), compiler_options=MODES["launched"])
+    inputs = [draw_many(c, seed, LAYERS) for seed in range(CALLS)]
+    placed = [place(c, args) for args in inputs]
+    assert "stream_annotation" in f.lower(*placed[0]).as_text()
+    for result, args in zip([f(*args) for args in placed], inputs, strict=True):
+        got = split_ranks(result, c.num_ranks)
+        for i in range(LAYERS):
+            assert_same_bits(got[:, i], oracle_layer(c, *(a[:, i] for a in args)), f"layer {i}")
 
 
 def test_graphs_and_launches_by_turns_in_one_group():
