@@ -12,7 +12,8 @@ namespace jax_ep {
 namespace {
 
 constexpr int kMaxSendPiece = 14336, kMaxCopyPiece = 8192, kMaxZeroBytes = 4096;
-constexpr int64_t kMaxDynamicShared = 232448 - 12288;  // a block's limit less the static part
+// A block's limit less the static part, to which a few more words belong.
+constexpr int64_t kMaxDynamicShared = (232448 - int64_t{sizeof(DispatchShared)} - 256) / 128 * 128;
 
 __device__ void ClearResults(const DispatchPlan& plan, const Call& call) {
   const DispatchParams& p = plan.params;
