@@ -20,6 +20,7 @@ struct ArenaCall : AnyCall {
   bool takes_part;  // else it gives zeros: it has failed, or there is no call
   bool failed;      // before it began
   bool of_this_generation;
+  bool window_is_free;  // as the begin saw it: then nobody need wait for its reuse
 
   __device__ Arena* At(int peer) const { return reinterpret_cast<Arena*>(arenas->arena[peer]); }
   __device__ Arena* Own() const { return At(rank); }
@@ -32,10 +33,21 @@ struct ArenaCall : AnyCall {
 // In an error's words an epoch is a flag with a state.
 constexpr __device__ uint64_t FlagOf(uint64_t epoch, uint32_t state) { return epoch << kStateBits | state; }
 constexpr __device__ uint64_t GenerationOf(uint64_t epoch) { return epoch >> kCountBits; }
+constexpr __device__ int SlotOf(uint64_t epoch) { return static_cast<int>(static_cast<uint32_t>(epoch) % kDepth); }
+// The call whose lines every peer must have read before this one's may be stored; 0: none.
+constexpr __device__ uint64_t ReuseNeeds(uint64_t epoch) {
+  return static_cast<uint32_t>(epoch) > kDepth ? epoch - kDepth : 0;
+}
 
 // `epoch` and `turn` advance when all blocks have entered (Keep), so every block of a kernel reads the same values
-// here. Called by all threads of a block; ends with the block synchronised.
+// here. Called by all threads of a block; ends with the block synchronised. The keeper reads, all at once: hundreds of
+// warps that read the same words would wait for each other.
 __device__ __forceinline__ ArenaCall BeginArenaCall(const LowLatencyParams& params, Operation operation, bool refused) {
+  __shared__ struct {
+    uint64_t epoch;
+    unsigned int turn;
+    bool none, failed, of_this_generation, window_is_free;
+  } begun;
   ArenaCall call;
   call.arenas = &params.arenas;
   call.group = params.arenas.group;
@@ -44,39 +56,57 @@ __device__ __forceinline__ ArenaCall BeginArenaCall(const LowLatencyParams& para
   call.operation = operation;
   call.ledger = call.Own();
   call.sends = params.half != Half::kDone;
-  call.receives = params.half != Half::kStart;
-  const uint64_t epoch = LoadRelaxedSys(&call.ledger->epoch);
-  call.turn = *const_cast<volatile unsigned int*>(&call.Own()->turn);
-  call.epoch = epoch + 1;
-  call.of_this_generation = true;
-  bool failed = refused, none = false;
-  if (params.half == Half::kDone) {
-    const uint64_t begun = params.in_flight[0], complement = params.in_flight[1];
-    none = begun == 0 && complement == 0;
-    call.of_this_generation = GenerationOf(begun) == GenerationOf(epoch);
-    if (complement == ~begun) {
-      call.epoch = begun;
-      failed |= !call.of_this_generation;  // told when that generation failed
-    } else if (!none) {
-      call.epoch = epoch > 0 ? epoch : 1;
-      call.of_this_generation = true;
+  if (threadIdx.x / 32 == kKeeper) {
+    const int lane = threadIdx.x % 32, acked_slot = lane % kDepth, acked_by = lane / kDepth;
+    const Arena* const own = call.Own();
+    const uint64_t epoch = LoadRelaxedSys(&own->epoch), failed_epoch = LoadRelaxedSys(&own->failed_epoch);
+    const unsigned int turn = *const_cast<const volatile unsigned int*>(&own->turn);
+    const uint64_t gone = lane < call.num_ranks ? LoadRelaxedSys(&own->gone[lane]) : 0;
+    uint64_t begun_epoch = 0, complement = 0;
+    if (params.half == Half::kDone) begun_epoch = params.in_flight[0], complement = params.in_flight[1];
+    const uint64_t ack = acked_by < call.num_ranks ? LoadAcquireSys(&own->acks[acked_slot][acked_by]) : ~0ull;
+    call.epoch = epoch + 1;
+    call.of_this_generation = true;
+    bool failed = refused, none = false;
+    if (params.half == Half::kDone) {
+      none = begun_epoch == 0 && complement == 0;
+      call.of_this_generation = GenerationOf(begun_epoch) == GenerationOf(epoch);
+      if (complement == ~begun_epoch) {
+        call.epoch = begun_epoch;
+        failed |= !call.of_this_generation;  // told when that generation failed
+      } else if (!none) {
+        call.epoch = epoch > 0 ? epoch : 1;
+        call.of_this_generation = true;
+        failed = true;
+        if (lane == 0) Fail(call, kInFlight, call.rank, 0, 0, 0);
+      }
+    }
+    // A peer that has failed in this generation may have missed calls: what it has sent under this epoch may be
+    // another's.
+    if (gone != 0 && GenerationOf(gone) == GenerationOf(call.epoch) && call.of_this_generation && !none) {
+      Fail(call, kReuse, lane, 0, call.Tag(kPosted), call.Tag(kGone));
       failed = true;
-      if (threadIdx.x == 0) Fail(call, kInFlight, call.rank, 0, 0, 0);
+    }
+    if (refused && lane == 0 && call.of_this_generation && !none) Refuse(call);
+    failed |= call.of_this_generation && failed_epoch != 0 && GenerationOf(failed_epoch) == GenerationOf(call.epoch);
+    failed = __any_sync(~0u, failed) && !none;
+    const bool late = acked_slot == SlotOf(call.epoch) && ack < ReuseNeeds(call.epoch);
+    const bool window_is_free = !__any_sync(~0u, late) && call.num_ranks <= 32 / kDepth;
+    if (lane == 0) {
+      begun.epoch = call.epoch, begun.turn = turn;
+      begun.none = none, begun.failed = failed, begun.of_this_generation = call.of_this_generation;
+      begun.window_is_free = window_is_free;
     }
   }
-  // A peer that has failed in this generation may have missed calls: what it has sent under this epoch may be
-  // another's.
-  const int peer = threadIdx.x;
-  const uint64_t gone = peer < call.num_ranks ? LoadRelaxedSys(&call.Own()->gone[peer]) : 0;
-  if (gone != 0 && GenerationOf(gone) == GenerationOf(call.epoch) && call.of_this_generation && !none) {
-    Fail(call, kReuse, peer, 0, call.Tag(kPosted), call.Tag(kGone));
-    failed = true;
-  }
-  call.slot = static_cast<int>(static_cast<uint32_t>(call.epoch) % kDepth);
-  if (refused && threadIdx.x == 0 && call.of_this_generation && !none) Refuse(call);
-  call.failed = __syncthreads_or(failed || (call.of_this_generation && HasFailed(call))) && !none;
-  call.receives &= !none;
-  call.takes_part = !call.failed && !none;
+  __syncthreads();
+  call.epoch = begun.epoch;
+  call.turn = begun.turn;
+  call.slot = SlotOf(call.epoch);
+  call.of_this_generation = begun.of_this_generation;
+  call.window_is_free = begun.window_is_free;
+  call.failed = begun.failed;
+  call.receives = params.half != Half::kStart && !begun.none;
+  call.takes_part = !call.failed && !begun.none;
   return call;
 }
 
@@ -165,11 +195,12 @@ class Patience {
   uint32_t tries_ = 0;
 };
 
-// Waits until every peer has read what this window held kDepth calls before. Acquires their `acks`, so that the stores
-// that follow come after their loads. False: it will not come.
+// Waits until every peer has read what this window held kDepth calls before. Here or in the begin their `acks` are
+// acquired, so that the stores that follow come after their loads. False: it will not come.
 __device__ __forceinline__ bool AwaitReuse(const ArenaCall& call) {
+  if (call.window_is_free) return true;
   const int lane = threadIdx.x % 32;
-  const uint64_t need = static_cast<uint32_t>(call.epoch) > kDepth ? call.epoch - kDepth : 0;
+  const uint64_t need = ReuseNeeds(call.epoch);
   Patience patience;
   while (true) {
     uint64_t ack = ~0ull, gone = 0;
