@@ -28,7 +28,13 @@ struct Place {
 };
 
 // What calls a shared arena is for: different ones never share it.
-enum class Purpose : int { kLowLatency };
+enum class Purpose : int { kLowLatency, kHalves };
+
+// Where a start half's rows are pushed while its stream goes on.
+struct Fork {
+  cudaStream_t stream;
+  uint64_t number;  // of this start among those of its arena and rank: from 1
+};
 
 class Group {
  public:
@@ -66,6 +72,12 @@ class Group {
   void MakeArenas(int64_t window_bytes) { MakeSharedArena(Purpose::kLowLatency, LowLatencyArenaBytes(window_bytes)); }
   // How `rank` finds it; it must have been made.
   ArenaView arenas(int rank, int64_t window_bytes);
+  // The same for the windows in which the halves of high-throughput calls land.
+  static int64_t LandingArenaBytes(int64_t window_bytes);
+  ArenaView landings(int rank, int64_t window_bytes);
+  // A start half of `rank` through landings of this size: launches on the fork's stream come behind what `stream` holds
+  // now, and nothing on `stream` comes behind them.
+  cudaError_t MakeFork(int rank, int64_t window_bytes, cudaStream_t stream, Fork* fork);
   // Before each launch of `rank` on `stream`: what has failed in this group, in a sentence, or nothing. If something
   // has, the call is to be launched as refused and the sentence to be raised. All ranks' calls of the run in which the
   // failure is first heard of are refused; in the next run each rank begins a new generation of calls, so no call pairs
@@ -82,18 +94,22 @@ class Group {
     GroupView* view = nullptr;
     Status* status = nullptr;
     cudaStream_t aside = nullptr;  // for the host's writes while kernels wait: the default stream could wait for them
-    uint32_t heard = 0;            // failures of this rank that the host has heard of
-    uint64_t generation = 0;       // of this rank's calls
+    cudaStream_t push = nullptr;   // of forks, before others where multiprocessors are short: peers wait for them
+    cudaEvent_t forked = nullptr;
+    uint32_t heard = 0;       // failures of this rank that the host has heard of
+    uint64_t generation = 0;  // of this rank's calls
   };
 
   struct SharedArena {
     Purpose purpose;
     int64_t bytes;
     std::vector<char*> of_rank;
+    std::vector<uint64_t> starts;  // of each rank's halves
   };
 
   explicit Group(const std::vector<Place>& places);
-  const SharedArena* FindSharedArena(Purpose purpose, int64_t bytes);
+  SharedArena* FindSharedArena(Purpose purpose, int64_t bytes);
+  ArenaView ViewOf(int rank, Purpose purpose, int64_t bytes, int64_t window_bytes, int depth);
   void SetViewTimeout(uint64_t timeout_ns);
   bool is_local(const Rank& rank) const { return rank.place.device >= 0; }
   std::string Listen();

@@ -14,6 +14,7 @@ constexpr int kLowLatencyThreads = 32 * (kKeeper + 1);
 
 struct ArenaCall : AnyCall {
   const ArenaView* arenas;
+  uint64_t generation_begin;  // the epoch with which the generation of this kernel began
   unsigned int turn;
   int slot;  // of the window
   bool sends, receives;
@@ -72,7 +73,8 @@ __device__ __forceinline__ ArenaCall BeginArenaCall(const LowLatencyParams& para
     Fail(call, kReuse, peer, 0, call.Tag(kPosted), call.Tag(kGone));
     failed = true;
   }
-  call.slot = static_cast<int>(static_cast<uint32_t>(call.epoch) % kDepth);
+  call.slot = static_cast<int>(static_cast<uint32_t>(call.epoch) % call.arenas->depth);
+  call.generation_begin = GenerationOf(epoch) << kCountBits;
   if (refused && threadIdx.x == 0 && call.of_this_generation && !none) Refuse(call);
   call.failed = __syncthreads_or(failed || (call.of_this_generation && HasFailed(call))) && !none;
   call.receives &= !none;
@@ -81,7 +83,7 @@ __device__ __forceinline__ ArenaCall BeginArenaCall(const LowLatencyParams& para
 }
 
 // The books of a call, by one warp of each block. Tells the peers which windows have been read: all that kernels before
-// this one have. A peer's AwaitReuse acquires it; the kernel's begin has ordered it after their loads.
+// this one have, and whatever calls of earlier generations have filled. A peer's AwaitReuse acquires it; the kernel's begin has ordered it after their loads.
 __device__ inline void Keep(const ArenaCall& call) {
   const int lane = threadIdx.x % 32;
   Arena* const arena = call.Own();
@@ -89,7 +91,8 @@ __device__ inline void Keep(const ArenaCall& call) {
     if (lane < call.num_ranks) {
       FenceSys();
       for (int slot = 0; slot < kDepth; ++slot) {
-        StoreRelaxedSys(&call.At(lane)->acks[slot][call.rank], LoadRelaxedSys(&arena->finished[slot]));
+        const uint64_t finished = max(LoadRelaxedSys(&arena->finished[slot]), call.generation_begin);
+        StoreRelaxedSys(&call.At(lane)->acks[slot][call.rank], finished);
       }
     }
     __syncwarp();
@@ -165,11 +168,13 @@ class Patience {
   uint32_t tries_ = 0;
 };
 
-// Waits until every peer has read what this window held kDepth calls before. Acquires their `acks`, so that the stores
+// Waits until every peer has read what this window held `depth` calls before; for the first calls of a generation, until
+// every peer has begun it, so that no call of the one before still reads or pushes. Acquires their `acks`, so that the stores
 // that follow come after their loads. False: it will not come.
 __device__ __forceinline__ bool AwaitReuse(const ArenaCall& call) {
   const int lane = threadIdx.x % 32;
-  const uint64_t need = static_cast<uint32_t>(call.epoch) > kDepth ? call.epoch - kDepth : 0;
+  const uint32_t depth = call.arenas->depth;
+  const uint64_t need = static_cast<uint32_t>(call.epoch) > depth ? call.epoch - depth : call.generation_begin;
   Patience patience;
   while (true) {
     uint64_t ack = ~0ull, gone = 0;

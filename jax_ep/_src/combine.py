@@ -76,8 +76,8 @@ def combine_start(
       >>> out = jax_ep.combine_done(pending) + shared
     """
     rows, weights = check.combine("combine_start", y, handle, weights, wire)
-    if wire is not None:  # no low-latency kernel has one, and the done half does not know of it
-        handle = dataclasses.replace(handle, routing=dataclasses.replace(handle.routing, mode="high_throughput"))
+    if wire is not None:  # no kernel of halves has one, and the done half does not know of it
+        handle = dataclasses.replace(handle, routing=dataclasses.replace(handle.routing, mode="reference"))
     routing = handle.routing
     if weights is None:
         rows, *arrays = align(routing, rows, *handle.arrays)
