@@ -200,14 +200,6 @@ def test_work_stays_between_the_halves_on_their_stream(mesh, mode):
     assert re.search(r"gemm|dot", entry[start:done]) and "async" not in entry
 
 
-def test_starts_are_launched_beside_graphs_not_in_them(mesh):
-    """In a graph the push would have to end with the start."""
-    text = compile_for_gpus(mesh, network(mesh, halves=True), GRAPHS | {"xla_gpu_graph_min_graph_size": 1}).as_text()
-    graphs = re.findall(r"^%?command_buffer[\w.]* .*?^}", text, re.M | re.S)
-    assert graphs and not any('_start"' in graph for graph in graphs)
-    assert any('_done"' in graph for graph in graphs)
-
-
 def test_without_landings_halves_are_the_references(mesh, monkeypatch):
     monkeypatch.setattr(group, "make_landings", lambda groups, window_bytes: False)
     compiled = compile_for_gpus(mesh, network(mesh, halves=True))

@@ -126,15 +126,12 @@ def test_a_product_between_the_halves_stays_between_them(operation):
     chain, operands = overlap.halves(setting, operation, "auto", None)
     a, w = setting.normal(4, (3, 8), jnp.float32), setting.normal(5, (8, 8), jnp.float32)
     text = str(jax.make_jaxpr(setting.on_every_rank(chain(overlap.products(2))))(*operands, a, w))
-    names = re.findall(r"jax_ep_(?:dispatch|combine)_(?:start|done)|dot_general|optimization_barrier", text)
-    name = operation.replace("_halves", "")
-    once = [
-        f"jax_ep_{name}_start",
-        "optimization_barrier",
-        *["dot_general"] * 2,
-        "optimization_barrier",
-        f"jax_ep_{name}_done",
-    ]
+    names = re.findall(
+        r"jax_ep_(?:dispatch|combine)(?:_weighted)?_(?:start|done)|dot_general|optimization_barrier", text
+    )
+    start = {"dispatch_halves": "jax_ep_dispatch_start", "combine_halves": "jax_ep_combine_weighted_start"}[operation]
+    done = f"jax_ep_{operation.replace('_halves', '')}_done"
+    once = [start, "optimization_barrier", *["dot_general"] * 2, "optimization_barrier", done]
     assert names == once * 2
 
 

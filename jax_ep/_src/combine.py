@@ -68,7 +68,8 @@ def combine_start(
 ) -> CombineInFlight:
     """First half of `combine`: the rank's sums leave. What stands between it and `combine_done` may run meanwhile.
 
-    Arguments and errors are those of `combine`. The result is opaque: pass it to `combine_done`, once.
+    Arguments and errors are those of `combine`. The result is opaque: pass it to `combine_done`, once. As for
+    `dispatch_start` few calls may be in flight at once; with "high_throughput" their memory is 2 * (2 * R - 1) * T rows.
 
     Example:
       >>> pending = jax_ep.combine_start(y, handle, recv.weights)

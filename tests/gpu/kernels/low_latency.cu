@@ -7,7 +7,8 @@
 //   low_latency bench                µs a call, back to back in a CUDA graph, slowest rank
 //
 // nvcc -O3 -std=c++17 -Iffi -gencode arch=compute_90a,code=sm_90a -o low_latency tests/gpu/kernels/low_latency.cu
-//   ffi/low_latency/*.cu ffi/dispatch/dispatch.cu ffi/combine/combine.cu ffi/group/barrier.cu ffi/group/group.cc
+//   ffi/low_latency/*.cu ffi/halves/*.cu ffi/dispatch/dispatch.cu ffi/combine/combine.cu ffi/group/barrier.cu
+//   ffi/group/group.cc
 #include <algorithm>
 #include <functional>
 
