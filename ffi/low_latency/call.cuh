@@ -83,7 +83,8 @@ __device__ __forceinline__ ArenaCall BeginArenaCall(const LowLatencyParams& para
 }
 
 // The books of a call, by one warp of each block. Tells the peers which windows have been read: all that kernels before
-// this one have, and whatever calls of earlier generations have filled. A peer's AwaitReuse acquires it; the kernel's begin has ordered it after their loads.
+// this one have, and whatever calls of earlier generations have filled. A peer's AwaitReuse acquires it; the kernel's
+// begin has ordered it after their loads.
 __device__ inline void Keep(const ArenaCall& call) {
   const int lane = threadIdx.x % 32;
   Arena* const arena = call.Own();
@@ -168,9 +169,9 @@ class Patience {
   uint32_t tries_ = 0;
 };
 
-// Waits until every peer has read what this window held `depth` calls before; for the first calls of a generation, until
-// every peer has begun it, so that no call of the one before still reads or pushes. Acquires their `acks`, so that the stores
-// that follow come after their loads. False: it will not come.
+// Waits until every peer has read what this window held `depth` calls before; for the first calls of a generation,
+// until every peer has begun it, so that no call of the one before still reads or pushes. Acquires their `acks`, so
+// that the stores that follow come after their loads. False: it will not come.
 __device__ __forceinline__ bool AwaitReuse(const ArenaCall& call) {
   const int lane = threadIdx.x % 32;
   const uint32_t depth = call.arenas->depth;
