@@ -7,6 +7,7 @@
 
 #include "group/group.h"
 #include "group/shared_memory.h"
+#include "halves/halves.h"
 #include "low_latency/low_latency.h"
 #include "xla/ffi/api/c_api.h"
 
@@ -15,9 +16,13 @@ namespace nb = nanobind;
 extern "C" XLA_FFI_Error* JaxEpBarrier(XLA_FFI_CallFrame*);
 extern "C" XLA_FFI_Error* JaxEpBeginRun(XLA_FFI_CallFrame*);
 extern "C" XLA_FFI_Error* JaxEpCombine(XLA_FFI_CallFrame*);
+extern "C" XLA_FFI_Error* JaxEpCombineDone(XLA_FFI_CallFrame*);
+extern "C" XLA_FFI_Error* JaxEpCombineStart(XLA_FFI_CallFrame*);
 extern "C" XLA_FFI_Error* JaxEpDispatch(XLA_FFI_CallFrame*);
 extern "C" XLA_FFI_Error* JaxEpDispatchCached(XLA_FFI_CallFrame*);
+extern "C" XLA_FFI_Error* JaxEpDispatchDone(XLA_FFI_CallFrame*);
 extern "C" XLA_FFI_Error* JaxEpDispatchLayout(XLA_FFI_CallFrame*);
+extern "C" XLA_FFI_Error* JaxEpDispatchStart(XLA_FFI_CallFrame*);
 extern "C" XLA_FFI_Error* JaxEpLowLatencyCombine(XLA_FFI_CallFrame*);
 extern "C" XLA_FFI_Error* JaxEpLowLatencyCombineDone(XLA_FFI_CallFrame*);
 extern "C" XLA_FFI_Error* JaxEpLowLatencyCombineStart(XLA_FFI_CallFrame*);
@@ -43,9 +48,13 @@ nb::dict Handlers() {
   };
   add("jax_ep_barrier", JaxEpBarrier);
   add("jax_ep_combine", JaxEpCombine);
+  add("jax_ep_combine_done", JaxEpCombineDone);
+  add("jax_ep_combine_start", JaxEpCombineStart);
   add("jax_ep_dispatch", JaxEpDispatch);
   add("jax_ep_dispatch_cached", JaxEpDispatchCached);
+  add("jax_ep_dispatch_done", JaxEpDispatchDone);
   add("jax_ep_dispatch_layout", JaxEpDispatchLayout, nullptr);
+  add("jax_ep_dispatch_start", JaxEpDispatchStart);
   add("jax_ep_low_latency_combine", JaxEpLowLatencyCombine);
   add("jax_ep_low_latency_combine_done", JaxEpLowLatencyCombineDone);
   add("jax_ep_low_latency_combine_start", JaxEpLowLatencyCombineStart);
@@ -58,11 +67,9 @@ nb::dict Handlers() {
   return handlers;
 }
 
-// Bytes of a window that a low-latency dispatch needs, 0 where it does not fit; `row_bytes` of each array of rows.
-int64_t LowLatencyDispatchBytes(int num_ranks, int num_experts, int layout, int num_tokens, int num_topk,
-                                int max_recv_tokens, const std::vector<int64_t>& row_bytes, bool has_weights,
-                                bool is_routed, bool encodes) {
-  if (row_bytes.size() > jax_ep::kMaxRowArrays) return 0;
+// A dispatch's sizes, `row_bytes` of each array of rows, and what kind it is.
+jax_ep::DispatchParams DispatchSizes(int num_experts, int layout, int num_tokens, int num_topk, int max_recv_tokens,
+                                     const std::vector<int64_t>& row_bytes, bool has_weights, bool is_routed) {
   static const float weight = 1;
   jax_ep::DispatchParams p{};
   p.operation = is_routed ? jax_ep::kDispatchCached : jax_ep::kDispatch;
@@ -70,17 +77,47 @@ int64_t LowLatencyDispatchBytes(int num_ranks, int num_experts, int layout, int 
   p.num_experts = num_experts, p.num_tokens = num_tokens, p.num_topk = num_topk, p.max_recv_tokens = max_recv_tokens;
   p.topk_weights = has_weights ? &weight : nullptr;
   for (int64_t bytes : row_bytes) p.rows[p.num_row_arrays++].row_bytes = bytes;
-  return jax_ep::LowLatencyDispatchBytes(p, num_ranks, encodes);
+  return p;
 }
 
-// The same of a low-latency combine; no rows have 0 bytes.
-int64_t LowLatencyCombineBytes(int num_ranks, int num_tokens, int num_topk, int max_recv_tokens, int64_t row_bytes,
-                               bool has_carried) {
+// A combine's; no rows have 0 bytes.
+jax_ep::CombineParams CombineSizes(int num_tokens, int num_topk, int max_recv_tokens, int64_t row_bytes,
+                                   bool has_carried) {
   static const float carried = 0;
   jax_ep::CombineParams p{};
   p.num_tokens = num_tokens, p.num_topk = num_topk, p.max_recv_tokens = max_recv_tokens, p.row_bytes = row_bytes;
   p.carried = has_carried ? &carried : nullptr;
-  return jax_ep::LowLatencyCombineBytes(p, num_ranks);
+  return p;
+}
+
+// Bytes of a window that a call needs, 0 where it does not fit.
+int64_t LowLatencyDispatchBytes(int num_ranks, int num_experts, int layout, int num_tokens, int num_topk,
+                                int max_recv_tokens, const std::vector<int64_t>& row_bytes, bool has_weights,
+                                bool is_routed, bool encodes) {
+  if (row_bytes.size() > jax_ep::kMaxRowArrays) return 0;
+  return jax_ep::LowLatencyDispatchBytes(
+      DispatchSizes(num_experts, layout, num_tokens, num_topk, max_recv_tokens, row_bytes, has_weights, is_routed),
+      num_ranks, encodes);
+}
+
+int64_t DispatchLandingBytes(int num_ranks, int num_experts, int layout, int num_tokens, int num_topk,
+                             int max_recv_tokens, const std::vector<int64_t>& row_bytes, bool has_weights) {
+  if (row_bytes.size() > jax_ep::kMaxRowArrays) return 0;
+  return jax_ep::DispatchLandingBytes(
+      DispatchSizes(num_experts, layout, num_tokens, num_topk, max_recv_tokens, row_bytes, has_weights, true),
+      num_ranks);
+}
+
+int64_t LowLatencyCombineBytes(int num_ranks, int num_tokens, int num_topk, int max_recv_tokens, int64_t row_bytes,
+                               bool has_carried) {
+  return jax_ep::LowLatencyCombineBytes(CombineSizes(num_tokens, num_topk, max_recv_tokens, row_bytes, has_carried),
+                                        num_ranks);
+}
+
+int64_t CombineLandingBytes(int num_ranks, int num_tokens, int num_topk, int max_recv_tokens, int64_t row_bytes,
+                            bool has_carried) {
+  return jax_ep::CombineLandingBytes(CombineSizes(num_tokens, num_topk, max_recv_tokens, row_bytes, has_carried),
+                                     num_ranks);
 }
 
 }  // namespace
@@ -114,7 +151,15 @@ NB_MODULE(_core, module) {
       },
       nb::arg("devices"), nb::arg("purpose"), nb::arg("bytes"), nb::arg("at"));
   module.def("low_latency_arena_bytes", &jax_ep::Group::LowLatencyArenaBytes, nb::arg("window_bytes"));
-  nb::enum_<jax_ep::Purpose>(module, "Purpose").value("LOW_LATENCY", jax_ep::Purpose::kLowLatency);
+  nb::enum_<jax_ep::Purpose>(module, "Purpose")
+      .value("LOW_LATENCY", jax_ep::Purpose::kLowLatency)
+      .value("HALVES", jax_ep::Purpose::kHalves);
+  module.def("landing_arena_bytes", &jax_ep::Group::LandingArenaBytes, nb::arg("window_bytes"));
+  module.def("dispatch_landing_bytes", &DispatchLandingBytes, nb::arg("num_ranks"), nb::arg("num_experts"),
+             nb::arg("layout"), nb::arg("num_tokens"), nb::arg("num_topk"), nb::arg("max_recv_tokens"),
+             nb::arg("row_bytes"), nb::arg("has_weights"));
+  module.def("combine_landing_bytes", &CombineLandingBytes, nb::arg("num_ranks"), nb::arg("num_tokens"),
+             nb::arg("num_topk"), nb::arg("max_recv_tokens"), nb::arg("row_bytes"), nb::arg("has_carried"));
   module.def("low_latency_dispatch_bytes", &LowLatencyDispatchBytes, nb::arg("num_ranks"), nb::arg("num_experts"),
              nb::arg("layout"), nb::arg("num_tokens"), nb::arg("num_topk"), nb::arg("max_recv_tokens"),
              nb::arg("row_bytes"), nb::arg("has_weights"), nb::arg("is_routed"), nb::arg("encodes"));

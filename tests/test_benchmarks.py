@@ -145,6 +145,37 @@ def test_processes_that_do_not_divide_the_devices_are_refused(capsys):
 
 
 @pytest.mark.parametrize("layout", ["expert", "rank"])
+def test_overlap_measures_what_a_product_between_the_halves_hides(tmp_path, capsys, layout):
+    out = tmp_path / "overlap.json"
+    options = ["--cases", "expert", "--layouts", layout, "--calls", "2", "--samples", "3", "--product-rows", "8"]
+    assert module("overlap").main([*options, "--times", "0.1", "--out", str(out)]) == 0
+    assert capsys.readouterr().out.count("hidden") == 2
+    rows = json.loads(out.read_text())
+    assert [row["operation"] for row in rows] == ["dispatch_halves", "combine_halves"]
+    for row in rows:
+        assert set(module("summary").KEYS) <= set(row)
+        assert min(row["us"], row["both_us"], row["product_us"]) > 0 and row["mode"] == "reference"
+        assert row["hidden"] == pytest.approx(1 - (row["both_us"] - row["product_us"]) / row["us"], abs=0.01)
+
+
+@pytest.mark.parametrize("operation", ["dispatch_halves", "combine_halves"])
+def test_a_product_between_the_halves_stays_between_them(operation):
+    """As XLA is told: the product has what the start left, the done has what the product left."""
+    overlap, programs = module("overlap"), module("programs")
+    setting = programs.Setting.of(Case("by-hand", 5, 8, 2, 8, 4, dtype="float32"), calls=2).in_layout("expert")
+    chain, operands = overlap.halves(setting, operation, "auto", None)
+    a, w = setting.normal(4, (3, 8), jnp.float32), setting.normal(5, (8, 8), jnp.float32)
+    text = str(jax.make_jaxpr(setting.on_every_rank(chain(overlap.products(2))))(*operands, a, w))
+    names = re.findall(
+        r"jax_ep_(?:dispatch|combine)(?:_weighted)?_(?:start|done)|dot_general|optimization_barrier", text
+    )
+    start = {"dispatch_halves": "jax_ep_dispatch_start", "combine_halves": "jax_ep_combine_weighted_start"}[operation]
+    done = f"jax_ep_{operation.replace('_halves', '')}_done"
+    once = [start, "optimization_barrier", *["dot_general"] * 2, "optimization_barrier", done]
+    assert names == once * 2
+
+
+@pytest.mark.parametrize("layout", ["expert", "rank"])
 def test_chained_calls_compute_what_single_ones_do(layout):
     """A pair brings each row back times the sum of its gates ("rank": times its ranks), so a chain of two has the product."""
     programs = module("programs")

@@ -10,7 +10,9 @@
 #include "combine/combine.h"
 #include "dispatch/dispatch.h"
 #include "group/barrier.h"
+#include "group/landing.h"
 #include "group/shared_memory.h"
+#include "halves/halves.h"
 #include "low_latency/low_latency.h"
 
 namespace jax_ep {
@@ -87,7 +89,8 @@ const char* const kPhases[] = {"meet (the peer's post)",
                                "refused",
                                "reuse (the peer's end of an earlier call; is each start followed by its done?)",
                                "lines (what the peer sends)",
-                               "in flight"};
+                               "in flight",
+                               "stage (this rank's own rows)"};
 
 std::string InWords(const Status& status, const std::string& who, const std::string& whom, uint64_t timeout_ns) {
   const uint64_t seen = status.seen, epoch = status.epoch;
@@ -147,12 +150,19 @@ Group::Group(const std::vector<Place>& places) : ranks_(places.size()) {
     for (cudaEvent_t* event : {&rank.before, &rank.beside}) {
       Check("cudaEventCreate", cudaEventCreateWithFlags(event, cudaEventDisableTiming));
     }
+    int least = 0, greatest = 0;
+    Check("cudaDeviceGetStreamPriorityRange", cudaDeviceGetStreamPriorityRange(&least, &greatest));
+    Check("cudaStreamCreate", cudaStreamCreateWithPriority(&rank.push, cudaStreamNonBlocking, greatest));
+    Check("cudaEventCreate", cudaEventCreateWithFlags(&rank.forked, cudaEventDisableTiming));
     // A kernel first loaded while a peer's kernel waits for it would never run.
     Check("loading dispatch", LoadDispatch());
     Check("loading combine", LoadCombine());
     Check("loading barrier", LoadBarrier());
     Check("loading low-latency dispatch", LoadLowLatencyDispatch());
     Check("loading low-latency combine", LoadLowLatencyCombine());
+    Check("loading the halves of dispatch", LoadDispatchHalves());
+    Check("loading the halves of combine", LoadCombineHalves());
+    Check("loading push", LoadPush());
   }
   for (size_t i = 0; i < ranks_.size(); ++i) {
     if (!is_local(ranks_[i])) continue;
@@ -270,7 +280,7 @@ void Group::SetViewTimeout(uint64_t timeout_ns) {
   }
 }
 
-const Group::SharedArena* Group::FindSharedArena(Purpose purpose, int64_t bytes) {
+Group::SharedArena* Group::FindSharedArena(Purpose purpose, int64_t bytes) {
   std::lock_guard<std::mutex> lock(mutex_);
   for (const auto& arena : arenas_) {
     if (arena->purpose == purpose && arena->bytes == bytes) return arena.get();
@@ -287,7 +297,7 @@ void Group::MakeSharedArena(Purpose purpose, int64_t bytes, const std::vector<ui
   }
   std::lock_guard<std::mutex> making(making_);
   if (FindSharedArena(purpose, bytes) != nullptr) return;
-  auto arena = std::make_unique<SharedArena>(SharedArena{purpose, bytes, {}});
+  auto arena = std::make_unique<SharedArena>(SharedArena{purpose, bytes, {}, std::vector<uint64_t>(ranks_.size())});
   DeviceGuard guard;
   for (size_t i = 0; i < ranks_.size(); ++i) {
     char* memory = nullptr;
@@ -295,14 +305,17 @@ void Group::MakeSharedArena(Purpose purpose, int64_t bytes, const std::vector<ui
       memory = static_cast<char*>(ToPointer(at[i]));
     } else {
       Check("cudaSetDevice", cudaSetDevice(ranks_[i].place.device));
-      Check("cudaMalloc", cudaMalloc(reinterpret_cast<void**>(&memory), bytes));
+      if (const cudaError_t error = cudaMalloc(reinterpret_cast<void**>(&memory), bytes); error != cudaSuccess) {
+        for (char* others : arena->of_rank) cudaFree(others);  // addresses name their devices
+        Check("cudaMalloc", error);
+      }
       Check("cudaMemset", cudaMemsetAsync(memory, 0, bytes, ranks_[i].aside));
       Check("cudaStreamSynchronize", cudaStreamSynchronize(ranks_[i].aside));
     }
     arena->of_rank.push_back(memory);
   }
   std::lock_guard<std::mutex> lock(mutex_);  // a rank begins a generation before its arena is there, or with it
-  if (arenas_.size() + 1 >= kMaxLedgers) throw std::runtime_error("jax_ep: too many sizes of low-latency calls");
+  if (arenas_.size() + 1 >= kMaxLedgers) throw std::runtime_error("jax_ep: too many sizes of calls through arenas");
   for (size_t i = 0; i < ranks_.size(); ++i) {
     const Rank& rank = ranks_[i];
     if (!is_local(rank)) continue;
@@ -330,21 +343,51 @@ int64_t WindowClass(int64_t window_bytes) {
   return size;
 }
 
+// Landings are large: at most an eighth is wasted so that calls of nearly one size share them.
+int64_t LandingClass(int64_t window_bytes) {
+  int64_t step = 1 << 18;
+  while (step * 16 <= window_bytes) step *= 2;
+  return RoundUpTo(window_bytes, step);
+}
+
 }  // namespace
 
 int64_t Group::LowLatencyArenaBytes(int64_t window_bytes) {
   return kArenaHeaderBytes + kDepth * WindowClass(window_bytes);
 }
 
-ArenaView Group::arenas(int rank, int64_t window_bytes) {
-  const std::vector<char*>& of_rank = shared_arena(Purpose::kLowLatency, LowLatencyArenaBytes(window_bytes));
+int64_t Group::LandingArenaBytes(int64_t window_bytes) {
+  return kLandingHeaderBytes + kLandingDepth * LandingClass(window_bytes);
+}
+
+ArenaView Group::ViewOf(int rank, Purpose purpose, int64_t bytes, int64_t window_bytes, int depth) {
+  const std::vector<char*>& of_rank = shared_arena(purpose, bytes);
   ArenaView view{};
   view.group = ranks_[rank].view;
   view.rank = rank;
   view.num_ranks = num_ranks();
-  view.window_bytes = WindowClass(window_bytes);
+  view.depth = depth;
+  view.window_bytes = window_bytes;
   std::copy(of_rank.begin(), of_rank.end(), view.arena);
   return view;
+}
+
+ArenaView Group::arenas(int rank, int64_t window_bytes) {
+  return ViewOf(rank, Purpose::kLowLatency, LowLatencyArenaBytes(window_bytes), WindowClass(window_bytes), kDepth);
+}
+
+ArenaView Group::landings(int rank, int64_t window_bytes) {
+  return ViewOf(rank, Purpose::kHalves, LandingArenaBytes(window_bytes), LandingClass(window_bytes), kLandingDepth);
+}
+
+cudaError_t Group::MakeFork(int rank, int64_t window_bytes, cudaStream_t stream, Fork* fork) {
+  SharedArena* const arena = FindSharedArena(Purpose::kHalves, LandingArenaBytes(window_bytes));
+  if (arena == nullptr) return cudaErrorInvalidValue;
+  std::lock_guard<std::mutex> lock(mutex_);
+  fork->stream = ranks_[rank].push;
+  fork->number = ++arena->starts[rank];
+  if (cudaError_t error = cudaEventRecord(ranks_[rank].forked, stream); error != cudaSuccess) return error;
+  return cudaStreamWaitEvent(fork->stream, ranks_[rank].forked, 0);
 }
 
 bool Group::HavePeerAccess(const std::vector<int>& devices) {

@@ -28,7 +28,13 @@ struct Place {
 };
 
 // What calls a shared arena is for: different ones never share it.
-enum class Purpose : int { kLowLatency };
+enum class Purpose : int { kLowLatency, kHalves };
+
+// Where a start half's rows are pushed while its stream goes on.
+struct Fork {
+  cudaStream_t stream;
+  uint64_t number;  // of this start among those of its arena and rank: from 1
+};
 
 class Group {
  public:
@@ -66,6 +72,12 @@ class Group {
   void MakeArenas(int64_t window_bytes) { MakeSharedArena(Purpose::kLowLatency, LowLatencyArenaBytes(window_bytes)); }
   // How `rank` finds it; it must have been made.
   ArenaView arenas(int rank, int64_t window_bytes);
+  // The same for the windows in which the halves of high-throughput calls land.
+  static int64_t LandingArenaBytes(int64_t window_bytes);
+  ArenaView landings(int rank, int64_t window_bytes);
+  // A start half of `rank` through landings of this size: launches on the fork's stream come behind what `stream` holds
+  // now, and nothing on `stream` comes behind them.
+  cudaError_t MakeFork(int rank, int64_t window_bytes, cudaStream_t stream, Fork* fork);
   // Before anything of `run`, an execution of a program, is launched on a device of this process: what has failed in
   // the groups `devices` (group by group, `num_ranks` each), in a sentence, or nothing. If something has, the run is to
   // be given up. Whoever asks first decides, so all devices of the process give a run up or none does.
@@ -91,6 +103,8 @@ class Group {
     GroupView* view = nullptr;
     Status* status = nullptr;
     cudaStream_t aside = nullptr;  // for the host's writes while kernels wait: the default stream could wait for them
+    cudaStream_t push = nullptr;   // of forks, before others where multiprocessors are short: peers wait for them
+    cudaEvent_t forked = nullptr;
     uint32_t heard = 0;            // failures of this rank that the host has heard of
     uint64_t generation = 0;       // of this rank's calls
     // Calls beside the run's main stream, as XLA places those inside of compute_on: one is being launched now, one was
@@ -104,10 +118,12 @@ class Group {
     Purpose purpose;
     int64_t bytes;
     std::vector<char*> of_rank;
+    std::vector<uint64_t> starts;  // of each rank's halves
   };
 
   explicit Group(const std::vector<Place>& places);
-  const SharedArena* FindSharedArena(Purpose purpose, int64_t bytes);
+  SharedArena* FindSharedArena(Purpose purpose, int64_t bytes);
+  ArenaView ViewOf(int rank, Purpose purpose, int64_t bytes, int64_t window_bytes, int depth);
   void SetViewTimeout(uint64_t timeout_ns);
   bool is_local(const Rank& rank) const { return rank.place.device >= 0; }
   std::string Listen();

@@ -66,6 +66,6 @@ struct GroupView {
 };
 
 enum Operation : uint32_t { kDispatch, kDispatchCached, kNotify, kCombine, kBarrier };
-enum Phase : uint32_t { kMeet, kRows, kLeave, kRefused, kReuse, kLines, kInFlight };
+enum Phase : uint32_t { kMeet, kRows, kLeave, kRefused, kReuse, kLines, kInFlight, kStage };
 
 }  // namespace jax_ep

@@ -14,6 +14,7 @@ constexpr int kLowLatencyThreads = 32 * (kKeeper + 1);
 
 struct ArenaCall : AnyCall {
   const ArenaView* arenas;
+  uint64_t generation_begin;  // the epoch with which the generation of this kernel began
   unsigned int turn;
   int slot;  // of the window
   bool sends, receives;
@@ -24,6 +25,14 @@ struct ArenaCall : AnyCall {
 
   __device__ Arena* At(int peer) const { return reinterpret_cast<Arena*>(arenas->arena[peer]); }
   __device__ Arena* Own() const { return At(rank); }
+  __device__ int SlotOf(uint64_t of) const {
+    return static_cast<int>(static_cast<uint32_t>(of) & (arenas->depth - 1));
+  }
+  // What every peer must have read, or for the first calls of a generation begun, before this call's lines are stored.
+  __device__ uint64_t ReuseNeeds() const {
+    return static_cast<uint32_t>(epoch) > static_cast<uint32_t>(arenas->depth) ? epoch - arenas->depth
+                                                                               : generation_begin;
+  }
   // What `source` sends to `owner` in this call.
   __device__ char* Lines(int owner, int source, int64_t source_bytes) const {
     return arenas->arena[owner] + kArenaHeaderBytes + slot * arenas->window_bytes + source * source_bytes;
@@ -33,18 +42,14 @@ struct ArenaCall : AnyCall {
 // In an error's words an epoch is a flag with a state.
 constexpr __device__ uint64_t FlagOf(uint64_t epoch, uint32_t state) { return epoch << kStateBits | state; }
 constexpr __device__ uint64_t GenerationOf(uint64_t epoch) { return epoch >> kCountBits; }
-constexpr __device__ int SlotOf(uint64_t epoch) { return static_cast<int>(static_cast<uint32_t>(epoch) % kDepth); }
-// The call whose lines every peer must have read before this one's may be stored; 0: none.
-constexpr __device__ uint64_t ReuseNeeds(uint64_t epoch) {
-  return static_cast<uint32_t>(epoch) > kDepth ? epoch - kDepth : 0;
-}
 
 // `epoch` and `turn` advance when all blocks have entered (Keep), so every block of a kernel reads the same values
-// here. Called by all threads of a block; ends with the block synchronised. The keeper reads, all at once: hundreds of
+// here. Called by all threads of a block; ends with the block synchronised. One warp reads, all at once: hundreds of
 // warps that read the same words would wait for each other.
+template <int kReader = kKeeper>
 __device__ __forceinline__ ArenaCall BeginArenaCall(const LowLatencyParams& params, Operation operation, bool refused) {
   __shared__ struct {
-    uint64_t epoch;
+    uint64_t epoch, generation_begin;
     unsigned int turn;
     bool none, failed, of_this_generation, window_is_free;
   } begun;
@@ -56,7 +61,7 @@ __device__ __forceinline__ ArenaCall BeginArenaCall(const LowLatencyParams& para
   call.operation = operation;
   call.ledger = call.Own();
   call.sends = params.half != Half::kDone;
-  if (threadIdx.x / 32 == kKeeper) {
+  if (threadIdx.x / 32 == kReader) {
     const int lane = threadIdx.x % 32, acked_slot = lane % kDepth, acked_by = lane / kDepth;
     const Arena* const own = call.Own();
     const uint64_t epoch = LoadRelaxedSys(&own->epoch), failed_epoch = LoadRelaxedSys(&own->failed_epoch);
@@ -90,10 +95,11 @@ __device__ __forceinline__ ArenaCall BeginArenaCall(const LowLatencyParams& para
     if (refused && lane == 0 && call.of_this_generation && !none) Refuse(call);
     failed |= call.of_this_generation && failed_epoch != 0 && GenerationOf(failed_epoch) == GenerationOf(call.epoch);
     failed = __any_sync(~0u, failed) && !none;
-    const bool late = acked_slot == SlotOf(call.epoch) && ack < ReuseNeeds(call.epoch);
+    call.generation_begin = GenerationOf(epoch) << kCountBits;
+    const bool late = acked_slot == call.SlotOf(call.epoch) && ack < call.ReuseNeeds();
     const bool window_is_free = !__any_sync(~0u, late) && call.num_ranks <= 32 / kDepth;
     if (lane == 0) {
-      begun.epoch = call.epoch, begun.turn = turn;
+      begun.epoch = call.epoch, begun.generation_begin = call.generation_begin, begun.turn = turn;
       begun.none = none, begun.failed = failed, begun.of_this_generation = call.of_this_generation;
       begun.window_is_free = window_is_free;
     }
@@ -101,7 +107,8 @@ __device__ __forceinline__ ArenaCall BeginArenaCall(const LowLatencyParams& para
   __syncthreads();
   call.epoch = begun.epoch;
   call.turn = begun.turn;
-  call.slot = SlotOf(call.epoch);
+  call.generation_begin = begun.generation_begin;
+  call.slot = call.SlotOf(call.epoch);
   call.of_this_generation = begun.of_this_generation;
   call.window_is_free = begun.window_is_free;
   call.failed = begun.failed;
@@ -111,7 +118,8 @@ __device__ __forceinline__ ArenaCall BeginArenaCall(const LowLatencyParams& para
 }
 
 // The books of a call, by one warp of each block. Tells the peers which windows have been read: all that kernels before
-// this one have. A peer's AwaitReuse acquires it; the kernel's begin has ordered it after their loads.
+// this one have, and whatever calls of earlier generations have filled. A peer's AwaitReuse acquires it; the kernel's
+// begin has ordered it after their loads.
 __device__ inline void Keep(const ArenaCall& call) {
   const int lane = threadIdx.x % 32;
   Arena* const arena = call.Own();
@@ -119,7 +127,8 @@ __device__ inline void Keep(const ArenaCall& call) {
     if (lane < call.num_ranks) {
       FenceSys();
       for (int slot = 0; slot < kDepth; ++slot) {
-        StoreRelaxedSys(&call.At(lane)->acks[slot][call.rank], LoadRelaxedSys(&arena->finished[slot]));
+        const uint64_t finished = max(LoadRelaxedSys(&arena->finished[slot]), call.generation_begin);
+        StoreRelaxedSys(&call.At(lane)->acks[slot][call.rank], finished);
       }
     }
     __syncwarp();
@@ -195,12 +204,13 @@ class Patience {
   uint32_t tries_ = 0;
 };
 
-// Waits until every peer has read what this window held kDepth calls before. Here or in the begin their `acks` are
-// acquired, so that the stores that follow come after their loads. False: it will not come.
+// Waits until every peer has read what this window held `depth` calls before; for the first calls of a generation,
+// until every peer has begun it, so that no call of the one before still reads or pushes. Acquires their `acks`, so
+// that the stores that follow come after their loads, here or in the begin. False: it will not come.
 __device__ __forceinline__ bool AwaitReuse(const ArenaCall& call) {
   if (call.window_is_free) return true;
   const int lane = threadIdx.x % 32;
-  const uint64_t need = ReuseNeeds(call.epoch);
+  const uint64_t need = call.ReuseNeeds();
   Patience patience;
   while (true) {
     uint64_t ack = ~0ull, gone = 0;

@@ -91,6 +91,30 @@ def make_arenas(groups: Groups, window_bytes: int) -> bool:
     return make_shared_arena(groups, targets.Purpose.LOW_LATENCY, targets.low_latency_arena_bytes(window_bytes))
 
 
+def make_landings(groups: Groups, window_bytes: int) -> bool:
+    """The same for halves of high-throughput calls, whose windows are as long as their rows.
+
+    False, with a warning, where the memory is not there, beside what XLA has taken of the GPUs. In a program of several
+    processes, which must all choose alike, that is an error if only this process can know it.
+    """
+    num_bytes = targets.landing_arena_bytes(window_bytes)
+    try:
+        return make_shared_arena(groups, targets.Purpose.HALVES, num_bytes)
+    except RuntimeError as error:
+        why = (
+            f"{num_bytes} bytes on every GPU for what is in flight could not be had ({error}). Leave XLA less of the GPU "
+            "(XLA_PYTHON_CLIENT_MEM_FRACTION), or use jax_ep.dispatch and jax_ep.combine, which need none"
+        )
+        if jax.process_count() > 1:
+            raise RuntimeError(f"jax_ep: the halves of a call cannot be served: {why}") from error
+        warnings.warn(
+            f"jax_ep: XLA's collectives, not the kernels, serve the halves of a call: {why}",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+        return False
+
+
 def make_shared_arena(groups: Groups, purpose: Any, num_bytes: int) -> bool:
     """Sees to `num_bytes` at each rank that all ranks of its group reach; of a purpose and size there is one in a group.
 

@@ -10,9 +10,13 @@ import jax
 
 BARRIER = "jax_ep_barrier"
 COMBINE = "jax_ep_combine"
+COMBINE_DONE = "jax_ep_combine_done"
+COMBINE_START = "jax_ep_combine_start"
 DISPATCH = "jax_ep_dispatch"
 DISPATCH_CACHED = "jax_ep_dispatch_cached"
+DISPATCH_DONE = "jax_ep_dispatch_done"
 DISPATCH_LAYOUT = "jax_ep_dispatch_layout"
+DISPATCH_START = "jax_ep_dispatch_start"
 LOW_LATENCY_COMBINE = "jax_ep_low_latency_combine"
 LOW_LATENCY_COMBINE_DONE = "jax_ep_low_latency_combine_done"
 LOW_LATENCY_COMBINE_START = "jax_ep_low_latency_combine_start"
@@ -70,11 +74,14 @@ for _target, _handler in _core.handlers().items():
 Place = _core.Place
 Purpose = _core.Purpose
 built_ffi_api: Version = _core.ffi_api
+combine_landing_bytes = _core.combine_landing_bytes
 cuda_version: Version = _core.cuda_version
+dispatch_landing_bytes = _core.dispatch_landing_bytes
 export_allocation = _core.export_allocation
 has_failed_spanning = _core.has_failed_spanning
 have_peer_access = _core.have_peer_access
 import_memory = _core.import_memory
+landing_arena_bytes = _core.landing_arena_bytes
 low_latency_arena_bytes = _core.low_latency_arena_bytes
 low_latency_combine_bytes = _core.low_latency_combine_bytes
 low_latency_dispatch_bytes = _core.low_latency_dispatch_bytes

@@ -11,7 +11,9 @@ from cases import case
 from jax import lax
 from jax.experimental.compute_on import compute_on
 from layer import draw_many, layer, oracle_layer, place
-from spmd import assert_same_bits, sharded, split_ranks
+from spmd import assert_same_bits, dispatch, sharded, split_ranks
+
+import jax_ep
 
 pytestmark = pytest.mark.gpu
 
@@ -29,6 +31,20 @@ def unrolled(case):
     def f(x, topk_idx, weights):
         for i in range(LAYERS):
             x = layer(case, x[0] if i == 0 else x, topk_idx[i], weights[i])
+        return x
+
+    return f
+
+
+def halved(case):
+    """In halves: starts of high throughput are launched beside the graphs, dones in them."""
+
+    def f(x, topk_idx, weights):
+        for i in range(LAYERS):
+            pending = dispatch(case, x[0] if i == 0 else x, topk_idx[i], weights[i], start_only=True)
+            recv, handle = jax_ep.dispatch_done(pending)
+            gates = None if case.layout == "rank" else recv.weights
+            x = jax_ep.combine_done(jax_ep.combine_start(-recv.x, handle, gates))
         return x
 
     return f
@@ -57,7 +73,7 @@ def program(case, kind, mode):
 
 
 @pytest.mark.parametrize("layout", ["expert", "rank", "batched"])
-@pytest.mark.parametrize("kind", [unrolled, looped])
+@pytest.mark.parametrize("kind", [unrolled, halved, looped])
 @pytest.mark.parametrize("mode", MODES)
 def test_replays_with_changing_data(mode, kind, layout):
     c = case(layout)

@@ -14,6 +14,7 @@
 #include "combine/combine.h"
 #include "dispatch/dispatch.h"
 #include "group/barrier.h"
+#include "halves/halves.h"
 #include "low_latency/low_latency.h"
 
 std::vector<const jax_ep::GroupView*> g_views;
@@ -67,6 +68,12 @@ cudaError_t cudaStreamIsCapturing(cudaStream_t stream, cudaStreamCaptureStatus* 
 }
 cudaError_t cudaStreamCreateWithFlags(cudaStream_t*, unsigned int) { return cudaSuccess; }
 cudaError_t cudaStreamDestroy(cudaStream_t) { return cudaSuccess; }
+cudaError_t cudaStreamCreateWithPriority(cudaStream_t*, unsigned int, int) { return cudaSuccess; }
+cudaError_t cudaDeviceGetStreamPriorityRange(int*, int*) { return cudaSuccess; }
+cudaError_t cudaEventCreateWithFlags(cudaEvent_t*, unsigned int) { return cudaSuccess; }
+cudaError_t cudaEventRecord(cudaEvent_t, cudaStream_t) { return cudaSuccess; }
+cudaError_t cudaStreamWaitEvent(cudaStream_t, cudaEvent_t, unsigned int) { return cudaSuccess; }
+cudaError_t cudaFree(void* memory) { return std::free(memory), cudaSuccess; }
 cudaError_t cudaStreamSynchronize(cudaStream_t) { return cudaSuccess; }
 }
 
@@ -81,6 +88,9 @@ cudaError_t LoadCombine() { return cudaSuccess; }
 cudaError_t LoadBarrier() { return cudaSuccess; }
 cudaError_t LoadLowLatencyDispatch() { return cudaSuccess; }
 cudaError_t LoadLowLatencyCombine() { return cudaSuccess; }
+cudaError_t LoadDispatchHalves() { return cudaSuccess; }
+cudaError_t LoadCombineHalves() { return cudaSuccess; }
+cudaError_t LoadPush() { return cudaSuccess; }
 cudaError_t LaunchBeginGeneration(const Ledgers& ledgers, uint64_t generation, cudaStream_t) {
   g_ledgers = ledgers.count;
   for (const GroupView* view : g_views) {
