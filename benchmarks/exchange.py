@@ -1,10 +1,12 @@
 """Dispatch, combine, pairs and layers as a user calls them, chained inside one jit, beside the speed of light and the ways without jax_ep.
 
     python -m benchmarks.exchange --out benchmarks/results/h200x2-jit.json                       # on a GPU machine
+    python -m benchmarks.exchange --processes 1 2 --baselines --out benchmarks/results/h200x2-processes.json   # a process a GPU beside one
     python -m benchmarks.exchange --cpu-devices 8 --cases mixtral-8x7b/decode --layouts expert   # the reference
 
 programs.py has what is run, baselines.py the ways without, traffic.py the byte formula and ceiling, summary.py the schema of a row.
-On GPUs every case and way to launch (one by one, as a CUDA graph) is a process of its own; one that ends badly is recorded as failed.
+On GPUs every case and way to launch (one by one, as a CUDA graph) is a process of its own, or as many as --processes says with a part of
+the GPUs each; one that ends badly is recorded as failed.
 """
 
 from __future__ import annotations
@@ -15,20 +17,22 @@ import itertools
 import json
 import math
 import os
-import subprocess
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
+import processes
 from cases import CASES, MODELS, Case
 from cases import case as case_named
 
-from benchmarks import ROOT, timing, traffic
+import jax_ep
+from benchmarks import ROOT, native, timing, traffic
 from benchmarks.baselines import BASELINES
 from benchmarks.programs import OPERATIONS, Program, Setting, absent, baseline_programs, jax_ep_programs
 from benchmarks.summary import KEYS
@@ -145,30 +149,55 @@ def measure_case(case: Case, options: argparse.Namespace, graph: bool) -> Iterat
 # ---- processes -------------------------------------------------------------------------------------------------------
 
 
-def measure_apart(case: Case, options: argparse.Namespace, graph: bool, arguments: Sequence[str]) -> list[Row]:
-    """The same in a process of its own; what it measured before it ended badly is kept."""
-    flags = f"{os.environ.get('XLA_FLAGS', '')} {GRAPH_FLAGS}".strip() if graph else os.environ.get("XLA_FLAGS", "")
+def measure_apart(
+    case: Case, options: argparse.Namespace, graph: bool, num_processes: int, arguments: Sequence[str]
+) -> list[Row]:
+    """The same in processes of their own; what they measured before they ended badly is kept."""
+    flags = os.environ.get("XLA_FLAGS", "")
+    environment = os.environ | {"XLA_FLAGS": f"{flags} {GRAPH_FLAGS}".strip() if graph else flags}
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "rows.json"
         which = ["--only", case.name, str(case.num_tokens), "graph" if graph else "stream", "--out", str(out)]
         left = ["--budget-s", str(options.deadline - time.monotonic())] if math.isfinite(options.deadline) else []
         command = [sys.executable, "-m", "benchmarks.exchange", *arguments, *which, *left]
-        try:
-            status = subprocess.run(
-                command, cwd=ROOT, env=os.environ | {"XLA_FLAGS": flags}, timeout=options.process_timeout, check=False
-            ).returncode
-            ended = f"ended with status {status}"
-        except subprocess.TimeoutExpired:
-            status, ended = 1, f"not done after {options.process_timeout:g} s"
+        commands = [command]
+        if num_processes > 1:
+            address = f"localhost:{processes.free_port()}"
+            job = ["--process", str(num_processes), address]
+            commands = [[*command, *job, str(i)] for i in range(num_processes)]
+        ended = processes.run(
+            commands,
+            [environment] * num_processes,
+            timeout=options.process_timeout,
+            cwd=ROOT,
+            first_is_heard=True,
+        )
         rows: list[Row] = json.loads(out.read_text()) if out.exists() else []
     rows = [row | {"command": timing.command()} for row in rows]
-    if status:
+    if ended:
         print(f"{case.name}: {ended}", file=sys.stderr)
         unknown = dict.fromkeys(KEYS) | {"case": case.name, "tokens": case.num_tokens} | timing.origin("unknown")
         like = rows[-1] if rows else unknown
         blank = dict.fromkeys(("us", "ceiling_us", "ratio", "operation", "layout", "by"))
-        rows.append(like | blank | {"graph": graph, "error": f"failed: the process {ended}"})
+        why = ended.splitlines()[0]
+        rows.append(like | blank | {"graph": graph, "processes": num_processes, "error": f"failed: {why}"})
     return rows
+
+
+def join(options: argparse.Namespace) -> None:
+    """Makes this process one of a job on this machine, with its part of the devices. Before JAX's backend starts."""
+    count, address, me = int(options.process[0]), options.process[1], int(options.process[2])
+    mine = None
+    if not options.cpu_devices:
+        num_devices = native.count_gpus()
+        if num_devices % count:
+            raise ValueError(
+                f"--processes: {num_devices} GPUs cannot be shared out to {count} processes. Take a divisor."
+            )
+        each = num_devices // count
+        mine = list(range(me * each, (me + 1) * each))
+    jax.distributed.initialize(address, count, me, local_device_ids=mine)
+    jax_ep.initialize()
 
 
 def selected(options: argparse.Namespace) -> list[Case]:
@@ -211,7 +240,9 @@ def table(rows: Sequence[Row]) -> list[tuple[str, ...]]:
 
 def _who(row: Row) -> str:
     mode = row["mode"] if row["mode"] not in ("auto", "reference") else None
-    return ", ".join(filter(None, (row["by"], row["layout"], row["wire"], mode, "graph" if row["graph"] else None)))
+    processes = f"{row['processes']} processes" if (row["processes"] or 1) > 1 else None
+    graph = "graph" if row["graph"] else None
+    return ", ".join(filter(None, (row["by"], row["layout"], row["wire"], mode, graph, processes)))
 
 
 def _speed(row: Row, us: str) -> str:
@@ -279,6 +310,14 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     )
     parser.add_argument("--baselines", nargs="*", default=list(BASELINES), choices=list(BASELINES))
     parser.add_argument("--launch", nargs="+", choices=["stream", "graph"], help="default: both on GPUs")
+    parser.add_argument(
+        "--processes",
+        nargs="+",
+        type=int,
+        default=[1],
+        metavar="N",
+        help="that share the devices (default: one has all)",
+    )
     parser.add_argument("--calls", type=int, help="in one program (default: 32 up to 512 tokens, 8 above, 1 on CPU)")
     parser.add_argument("--programs", type=int, default=2, help="launched in a row for one sample (default 2)")
     parser.add_argument("--samples", type=int, help="default: 200 up to 512 tokens, 20 above")
@@ -287,6 +326,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--process-timeout", type=float, default=900, help="seconds for a case (default 900)")
     parser.add_argument("--expert-hidden", type=int, help="inner width of the layers' experts (default 512, on CPU 16)")
     parser.add_argument("--cpu-devices", type=int, help="run on this many virtual CPU devices")
+    parser.add_argument("--process", nargs=3, metavar=("COUNT", "COORDINATOR", "ME"), help=argparse.SUPPRESS)
     parser.add_argument("--only", nargs=3, metavar=("CASE", "TOKENS", "LAUNCH"), help=argparse.SUPPRESS)
     parser.add_argument("--out", help="JSON file to write the rows to, as they come")
     parser.add_argument(
@@ -296,6 +336,8 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     if options.quick:
         options.layouts, options.wires, options.case_budget_s = LAYOUTS[:2], ["none"], 1.5
         options.operations = ("dispatch", "combine", "pair", "moe")
+    if options.cpu_devices and any(options.cpu_devices % count for count in options.processes):
+        parser.error("--processes must divide --cpu-devices")
     options.deadline = time.monotonic() + options.budget_s
     options.wires = [None if wire == "none" else wire for wire in options.wires]
     options.num_sms = [None if number == "none" else int(number) for number in options.num_sms]
@@ -306,6 +348,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Measures, prints, and records where --out says."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     options = parse(arguments)
+    if not options.process:
+        return run(options, arguments)
+    try:
+        return run(options, arguments)
+    except BaseException:  # an ordinary end would wait for the other processes, which may be waiting for this one
+        traceback.print_exc()
+        sys.stderr.flush()
+        os._exit(1)
+
+
+def run(options: argparse.Namespace, arguments: Sequence[str]) -> int:
+    """`main` with its options."""
     rows: list[Row] = []
 
     def keep(more: Sequence[Row]) -> None:
@@ -315,10 +369,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     gpus = not options.cpu_devices and Path("/proc/driver/nvidia/version").exists()
     launches = options.launch or (["stream", "graph"] if gpus else ["stream"])
-    if options.only or launches == ["stream"]:
+    if options.only or (launches == ["stream"] and options.processes == [1]):
         if options.cpu_devices:
             jax.config.update("jax_platforms", "cpu")
-            jax.config.update("jax_num_cpu_devices", options.cpu_devices)
+            jax.config.update(
+                "jax_num_cpu_devices", options.cpu_devices // int(options.process[0] if options.process else 1)
+            )
+        if options.process:
+            join(options)
         cases = [(case, launches[0] == "graph") for case in selected(options)]
         if options.only:
             name, tokens, launch = options.only
@@ -332,8 +390,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
                     print(f"{case.name} {measured['operation']} {_who(measured)}", file=sys.stderr, flush=True)
     else:
         for case in selected(options):
-            for launch in launches:
-                keep(measure_apart(case, options, launch == "graph", arguments))
+            for launch, count in itertools.product(launches, options.processes):
+                keep(measure_apart(case, options, launch == "graph", count, arguments))
     if not options.only:
         show(rows)
     return 0

@@ -6,6 +6,7 @@ nvcc is what $CUDACXX names, then the CUDA wheels' of this Python, then PATH's, 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import functools
 import hashlib
 import json
@@ -75,6 +76,18 @@ def build(program: Path, sources: Sequence[Path] = ()) -> Path:
             raise RuntimeError(f"benchmarks: {program.name} does not compile:\n{done.stdout}{done.stderr}")
         making.rename(binary)
     return binary
+
+
+def count_gpus() -> int:
+    """How many GPUs a process finds; JAX's backend is not started for that. RuntimeError without a driver."""
+    count = ctypes.c_int()
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+    except OSError as error:
+        raise RuntimeError(f"benchmarks: no GPU driver: {error}") from error
+    if driver.cuInit(0) != 0 or driver.cuDeviceGetCount(ctypes.byref(count)) != 0:
+        raise RuntimeError("benchmarks: the GPU driver does not start")
+    return count.value
 
 
 @functools.cache

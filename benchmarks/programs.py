@@ -49,12 +49,12 @@ class Setting:
     def of(cls, case: Case, calls: int = 1, routing: str = "uniform", expert_hidden: int = 16) -> Setting:
         """On as many of the devices as the case asks for, or can use."""
         ranks = min(case.num_ranks, jax.device_count())
-        while case.num_experts % ranks:
+        while case.num_experts % ranks or ranks % jax.process_count():
             ranks -= 1
         if ranks != case.num_ranks:
             case = dataclasses.replace(case, num_ranks=ranks, axes=())
         names, sizes = zip(*case.mesh_axes, strict=True)
-        mesh = jax.sharding.Mesh(np.array(jax.devices()[:ranks]).reshape(sizes), names)
+        mesh = jax.sharding.Mesh(np.array(some_devices(ranks)).reshape(sizes), names)
         topk_idx = np.stack([traffic.draw_routing(case, routing, seed) for seed in range(calls)])
         return cls(case, mesh, topk_idx, expert_hidden)
 
@@ -96,6 +96,16 @@ class Setting:
         hidden, inner, local = self.case.hidden, self.expert_hidden, self.case.num_local_experts
         w_in = self.normal(2, (local, hidden, inner), jnp.dtype(self.case.dtype), hidden**-0.5)
         return w_in, self.normal(3, (local, inner, hidden), jnp.dtype(self.case.dtype), inner**-0.5)
+
+
+def some_devices(count: int) -> list[Any]:
+    """So many devices, as many of each process."""
+    each = count // jax.process_count()
+    return [
+        device
+        for process in range(jax.process_count())
+        for device in [device for device in jax.devices() if device.process_index == process][:each]
+    ]
 
 
 def first(rows: Any) -> jax.Array:

@@ -11,11 +11,13 @@ from __future__ import annotations
 import concurrent.futures
 import dataclasses
 import functools
+import json
 import math
 import os
 import subprocess
 import time
 import warnings
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +26,7 @@ from cases import Case
 from jax import lax
 
 from benchmarks import native, timing
+from jax_ep._src import compat
 
 MULTIPROCESSORS = 64  # of a ceiling without a bound: more push no faster
 HEADROOM = 1.25  # rows that there are room for, of those expected
@@ -108,14 +111,29 @@ def measure_ceiling(mesh: jax.sharding.Mesh, num_bytes: int, sms: int | None = N
 
 @functools.cache
 def _push_ceiling(gpus: int, sms: int, num_bytes: int) -> Ceiling | None:
-    if jax.process_count() > 1 or gpus < 2:  # every process would measure at once
+    if gpus < 2:
         return None
+    gigabytes = _of_first_process(f"{gpus} {sms} {num_bytes}", lambda: _pushed_gigabytes(gpus, sms, num_bytes))
+    return gigabytes and Ceiling(f"push, {sms} SMs, rows of {num_bytes} bytes", gigabytes * 1e9, shared=False)
+
+
+def _pushed_gigabytes(gpus: int, sms: int, num_bytes: int) -> float | None:
     try:
         (gigabytes,) = native.push_ceiling(gpus, (sms,), (num_bytes,)).values()
     except (FileNotFoundError, RuntimeError, subprocess.SubprocessError) as error:
         warnings.warn(f"benchmarks: the push ceiling is not to be had: {error}", stacklevel=2)
         return None
-    return Ceiling(f"push, {sms} SMs, rows of {num_bytes} bytes", gigabytes * 1e9, shared=False)
+    return gigabytes
+
+
+def _of_first_process(name: str, measure: Callable[[], float | None], timeout_s: float = 900) -> float | None:
+    """What process 0 measures while the others wait, all their devices idle."""
+    if jax.process_count() == 1:
+        return measure()
+    client, key = compat.distributed_client(), f"benchmarks/{name}"
+    if jax.process_index() == 0:
+        client.key_value_set(key, json.dumps(measure()))
+    return json.loads(client.blocking_key_value_get(key, round(1000 * timeout_s)))
 
 
 @functools.cache

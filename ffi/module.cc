@@ -7,6 +7,7 @@
 
 #include "group/group.h"
 #include "group/shared_memory.h"
+#include "halves/halves.h"
 #include "internode/internode_group.h"
 #include "internode/plan.h"
 #include "low_latency/low_latency.h"
@@ -15,10 +16,15 @@
 namespace nb = nanobind;
 
 extern "C" XLA_FFI_Error* JaxEpBarrier(XLA_FFI_CallFrame*);
+extern "C" XLA_FFI_Error* JaxEpBeginRun(XLA_FFI_CallFrame*);
 extern "C" XLA_FFI_Error* JaxEpCombine(XLA_FFI_CallFrame*);
+extern "C" XLA_FFI_Error* JaxEpCombineDone(XLA_FFI_CallFrame*);
+extern "C" XLA_FFI_Error* JaxEpCombineStart(XLA_FFI_CallFrame*);
 extern "C" XLA_FFI_Error* JaxEpDispatch(XLA_FFI_CallFrame*);
 extern "C" XLA_FFI_Error* JaxEpDispatchCached(XLA_FFI_CallFrame*);
+extern "C" XLA_FFI_Error* JaxEpDispatchDone(XLA_FFI_CallFrame*);
 extern "C" XLA_FFI_Error* JaxEpDispatchLayout(XLA_FFI_CallFrame*);
+extern "C" XLA_FFI_Error* JaxEpDispatchStart(XLA_FFI_CallFrame*);
 extern "C" XLA_FFI_Error* JaxEpInternodeBarrier(XLA_FFI_CallFrame*);
 extern "C" XLA_FFI_Error* JaxEpInternodeCombine(XLA_FFI_CallFrame*);
 extern "C" XLA_FFI_Error* JaxEpInternodeDispatch(XLA_FFI_CallFrame*);
@@ -36,16 +42,26 @@ extern "C" XLA_FFI_Error* JaxEpNotify(XLA_FFI_CallFrame*);
 
 namespace {
 
+// By target, then by stage; those of calls through a group have two.
 nb::dict Handlers() {
+  using Handler = XLA_FFI_Error* (*)(XLA_FFI_CallFrame*);
   nb::dict handlers;
-  const auto add = [&](const char* target, XLA_FFI_Error* (*handler)(XLA_FFI_CallFrame*)) {
-    handlers[target] = nb::capsule(reinterpret_cast<void*>(handler));
+  const auto capsule = [](Handler handler) { return nb::capsule(reinterpret_cast<void*>(handler)); };
+  const auto add = [&](const char* target, Handler execute, Handler initialize = JaxEpBeginRun) {
+    nb::dict stages;
+    stages["execute"] = capsule(execute);
+    if (initialize != nullptr) stages["initialize"] = capsule(initialize);
+    handlers[target] = stages;
   };
   add("jax_ep_barrier", JaxEpBarrier);
   add("jax_ep_combine", JaxEpCombine);
+  add("jax_ep_combine_done", JaxEpCombineDone);
+  add("jax_ep_combine_start", JaxEpCombineStart);
   add("jax_ep_dispatch", JaxEpDispatch);
   add("jax_ep_dispatch_cached", JaxEpDispatchCached);
-  add("jax_ep_dispatch_layout", JaxEpDispatchLayout);
+  add("jax_ep_dispatch_done", JaxEpDispatchDone);
+  add("jax_ep_dispatch_layout", JaxEpDispatchLayout, nullptr);
+  add("jax_ep_dispatch_start", JaxEpDispatchStart);
   add("jax_ep_internode_barrier", JaxEpInternodeBarrier);
   add("jax_ep_internode_combine", JaxEpInternodeCombine);
   add("jax_ep_internode_dispatch", JaxEpInternodeDispatch);
@@ -63,11 +79,9 @@ nb::dict Handlers() {
   return handlers;
 }
 
-// Bytes of a window that a low-latency dispatch needs, 0 where it does not fit; `row_bytes` of each array of rows.
-int64_t LowLatencyDispatchBytes(int num_ranks, int num_experts, int layout, int num_tokens, int num_topk,
-                                int max_recv_tokens, const std::vector<int64_t>& row_bytes, bool has_weights,
-                                bool is_routed, bool encodes) {
-  if (row_bytes.size() > jax_ep::kMaxRowArrays) return 0;
+// A dispatch's sizes, `row_bytes` of each array of rows, and what kind it is.
+jax_ep::DispatchParams DispatchSizes(int num_experts, int layout, int num_tokens, int num_topk, int max_recv_tokens,
+                                     const std::vector<int64_t>& row_bytes, bool has_weights, bool is_routed) {
   static const float weight = 1;
   jax_ep::DispatchParams p{};
   p.operation = is_routed ? jax_ep::kDispatchCached : jax_ep::kDispatch;
@@ -75,17 +89,47 @@ int64_t LowLatencyDispatchBytes(int num_ranks, int num_experts, int layout, int 
   p.num_experts = num_experts, p.num_tokens = num_tokens, p.num_topk = num_topk, p.max_recv_tokens = max_recv_tokens;
   p.topk_weights = has_weights ? &weight : nullptr;
   for (int64_t bytes : row_bytes) p.rows[p.num_row_arrays++].row_bytes = bytes;
-  return jax_ep::LowLatencyDispatchBytes(p, num_ranks, encodes);
+  return p;
 }
 
-// The same of a low-latency combine; no rows have 0 bytes.
-int64_t LowLatencyCombineBytes(int num_ranks, int num_tokens, int num_topk, int max_recv_tokens, int64_t row_bytes,
-                               bool has_carried) {
+// A combine's; no rows have 0 bytes.
+jax_ep::CombineParams CombineSizes(int num_tokens, int num_topk, int max_recv_tokens, int64_t row_bytes,
+                                   bool has_carried) {
   static const float carried = 0;
   jax_ep::CombineParams p{};
   p.num_tokens = num_tokens, p.num_topk = num_topk, p.max_recv_tokens = max_recv_tokens, p.row_bytes = row_bytes;
   p.carried = has_carried ? &carried : nullptr;
-  return jax_ep::LowLatencyCombineBytes(p, num_ranks);
+  return p;
+}
+
+// Bytes of a window that a call needs, 0 where it does not fit.
+int64_t LowLatencyDispatchBytes(int num_ranks, int num_experts, int layout, int num_tokens, int num_topk,
+                                int max_recv_tokens, const std::vector<int64_t>& row_bytes, bool has_weights,
+                                bool is_routed, bool encodes) {
+  if (row_bytes.size() > jax_ep::kMaxRowArrays) return 0;
+  return jax_ep::LowLatencyDispatchBytes(
+      DispatchSizes(num_experts, layout, num_tokens, num_topk, max_recv_tokens, row_bytes, has_weights, is_routed),
+      num_ranks, encodes);
+}
+
+int64_t DispatchLandingBytes(int num_ranks, int num_experts, int layout, int num_tokens, int num_topk,
+                             int max_recv_tokens, const std::vector<int64_t>& row_bytes, bool has_weights) {
+  if (row_bytes.size() > jax_ep::kMaxRowArrays) return 0;
+  return jax_ep::DispatchLandingBytes(
+      DispatchSizes(num_experts, layout, num_tokens, num_topk, max_recv_tokens, row_bytes, has_weights, true),
+      num_ranks);
+}
+
+int64_t LowLatencyCombineBytes(int num_ranks, int num_tokens, int num_topk, int max_recv_tokens, int64_t row_bytes,
+                               bool has_carried) {
+  return jax_ep::LowLatencyCombineBytes(CombineSizes(num_tokens, num_topk, max_recv_tokens, row_bytes, has_carried),
+                                        num_ranks);
+}
+
+int64_t CombineLandingBytes(int num_ranks, int num_tokens, int num_topk, int max_recv_tokens, int64_t row_bytes,
+                            bool has_carried) {
+  return jax_ep::CombineLandingBytes(CombineSizes(num_tokens, num_topk, max_recv_tokens, row_bytes, has_carried),
+                                     num_ranks);
 }
 
 // How a dispatch over nodes is cut, for tests and docs: {blocks, lanes, bytes of a ring, of a slot, of a message,
@@ -120,9 +164,11 @@ NB_MODULE(_core, module) {
       .def_ro("fd", &jax_ep::SharedMemory::fd)
       .def_ro("begin", &jax_ep::SharedMemory::begin)
       .def_ro("bytes", &jax_ep::SharedMemory::bytes);
-  module.def("make_shared_memory", &jax_ep::MakeSharedMemory, nb::arg("device"), nb::arg("bytes"), nb::arg("devices"));
+  using Released = nb::call_guard<nb::gil_scoped_release>;  // other threads answer other processes meanwhile
+  module.def("make_shared_memory", &jax_ep::MakeSharedMemory, nb::arg("device"), nb::arg("bytes"), nb::arg("devices"),
+             Released());
   module.def("export_allocation", &jax_ep::ExportAllocation, nb::arg("device"), nb::arg("address"));
-  module.def("import_memory", &jax_ep::ImportMemory, nb::arg("fd"), nb::arg("bytes"), nb::arg("devices"));
+  module.def("import_memory", &jax_ep::ImportMemory, nb::arg("fd"), nb::arg("bytes"), nb::arg("devices"), Released());
   module.def(
       "install_internode",
       [](const nb::capsule& kernels) {
@@ -147,11 +193,21 @@ NB_MODULE(_core, module) {
              nb::arg("num_topk"), nb::arg("row_bytes"), nb::arg("second_bytes"), nb::arg("num_sms"),
              nb::arg("num_processes"));
   module.def(
-      "make_arenas",
-      [](const std::vector<int>& devices, int64_t window_bytes) {
-        jax_ep::Group::OfDevices(devices).MakeArenas(window_bytes);
+      "make_shared_arena",
+      [](const std::vector<int>& devices, jax_ep::Purpose purpose, int64_t bytes, const std::vector<uint64_t>& at) {
+        jax_ep::Group::OfDevices(devices).MakeSharedArena(purpose, bytes, at);
       },
-      nb::arg("devices"), nb::arg("window_bytes"));
+      nb::arg("devices"), nb::arg("purpose"), nb::arg("bytes"), nb::arg("at"));
+  module.def("low_latency_arena_bytes", &jax_ep::Group::LowLatencyArenaBytes, nb::arg("window_bytes"));
+  nb::enum_<jax_ep::Purpose>(module, "Purpose")
+      .value("LOW_LATENCY", jax_ep::Purpose::kLowLatency)
+      .value("HALVES", jax_ep::Purpose::kHalves);
+  module.def("landing_arena_bytes", &jax_ep::Group::LandingArenaBytes, nb::arg("window_bytes"));
+  module.def("dispatch_landing_bytes", &DispatchLandingBytes, nb::arg("num_ranks"), nb::arg("num_experts"),
+             nb::arg("layout"), nb::arg("num_tokens"), nb::arg("num_topk"), nb::arg("max_recv_tokens"),
+             nb::arg("row_bytes"), nb::arg("has_weights"));
+  module.def("combine_landing_bytes", &CombineLandingBytes, nb::arg("num_ranks"), nb::arg("num_tokens"),
+             nb::arg("num_topk"), nb::arg("max_recv_tokens"), nb::arg("row_bytes"), nb::arg("has_carried"));
   module.def("low_latency_dispatch_bytes", &LowLatencyDispatchBytes, nb::arg("num_ranks"), nb::arg("num_experts"),
              nb::arg("layout"), nb::arg("num_tokens"), nb::arg("num_topk"), nb::arg("max_recv_tokens"),
              nb::arg("row_bytes"), nb::arg("has_weights"), nb::arg("is_routed"), nb::arg("encodes"));

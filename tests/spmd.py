@@ -4,6 +4,7 @@ Arrays go in and come out with a leading axis of R: entry r is rank r's.
 """
 
 import functools
+import math
 
 import jax
 import numpy as np
@@ -21,9 +22,10 @@ def mesh_of(case, axis_type=jax.sharding.AxisType.Auto):
     sizes = [size for _, size in case.mesh_axes]
     names = tuple(name for name, _ in case.mesh_axes)
     devices = jax.devices()
-    if len(devices) < case.num_ranks:
-        pytest.skip(f"{case} needs {case.num_ranks} devices, {jax.default_backend()} has {len(devices)}")
-    devices = devices[: case.num_ranks]
+    needed = math.prod(sizes)
+    if len(devices) < needed:
+        pytest.skip(f"{case} needs {needed} devices, {jax.default_backend()} has {len(devices)}")
+    devices = devices[:needed]
     if case.permuted:
         devices = devices[1::2] + devices[::2][::-1]
     return Mesh(np.array(devices).reshape(sizes), names, axis_types=(axis_type,) * len(sizes))

@@ -47,6 +47,7 @@ def kernels_serve(monkeypatch):
     """The devices of a topology cannot be asked for peer access or memory: say that they have it."""
     monkeypatch.setattr(group, "along", lambda axis_context, axis_name: (tuple(range(R)),))
     monkeypatch.setattr(group, "make_arenas", lambda groups, window_bytes: True)
+    monkeypatch.setattr(group, "make_landings", lambda groups, window_bytes: True)
 
 
 def moe(x, router, scale, layout="expert", wire=None, mode="high_throughput", halves=False):
@@ -166,39 +167,71 @@ def test_scan_and_grad_launch_each_low_latency_call_once(mesh, options):
     assert launches(compiled) == [f"low_latency_{name}" for name in names]
 
 
+@pytest.mark.parametrize("mode", ["low_latency", "high_throughput", "auto"])
 @pytest.mark.parametrize("layout", ["expert", "rank"])
-def test_low_latency_halves_are_launched_once_each_and_in_order(mesh, layout):
-    compiled = compile_for_gpus(mesh, network(mesh, layout=layout, mode="low_latency", halves=True))
+def test_halves_are_launched_once_each_and_in_order(mesh, layout, mode):
+    prefix = "low_latency_" if mode == "low_latency" else ""
+    compiled = compile_for_gpus(mesh, network(mesh, layout=layout, mode=mode, halves=True))
     names = ["notify", "dispatch_start", "dispatch_done", "combine_start", "combine_done"]
-    assert launches(compiled) == [f"low_latency_{name}" for name in names]
+    assert launches(compiled) == [prefix + name for name in names]
     assert collectives(compiled) == []
-    differentiated = compile_for_gpus(mesh, gradient(network(mesh, layout=layout, mode="low_latency", halves=True)))
+    differentiated = compile_for_gpus(mesh, gradient(network(mesh, layout=layout, mode=mode, halves=True)))
     back = ["dispatch_start", "dispatch_done", "combine_start", "combine_done"]
-    assert launches(differentiated) == [f"low_latency_{name}" for name in names + back]
+    assert launches(differentiated) == [prefix + name for name in names + back]
 
 
-def test_halves_of_high_throughput_under_vmap_or_with_a_wire_format_are_the_references(mesh):
+@pytest.mark.parametrize("mode", ["low_latency", "high_throughput"])
+def test_work_stays_between_the_halves_on_their_stream(mesh, mode):
+    """A kernel of the product is launched after the start and before the done, and nothing is on a stream of its own."""
+
+    def f(x, routers, scales):
+        idx = jax.lax.top_k(x @ routers[0], K)[1]
+        static = {"axis_name": "expert", "num_experts": E, "mode": mode, "max_recv_tokens": 5 * T}
+        pending = jax_ep.dispatch_start(x, idx, **static)
+        pending, scale = jax.lax.optimization_barrier((pending, scales[1]))
+        pending, between = jax.lax.optimization_barrier((pending, scale @ scales[2]))
+        recv, handle = jax_ep.dispatch_done(pending)
+        return jax_ep.combine(recv.x, handle) @ between
+
+    sharded = jax.shard_map(f, mesh=mesh, in_specs=(P("expert"), P(), P()), out_specs=P("expert"))
+    text = compile_for_gpus(mesh, sharded, NO_GRAPHS).as_text()
+    entry = text[text.index("ENTRY") :]
+    start, done = entry.index('dispatch_start"'), entry.index('dispatch_done"')
+    assert re.search(r"gemm|dot", entry[start:done]) and "async" not in entry
+
+
+def test_without_landings_halves_are_the_references(mesh, monkeypatch):
+    monkeypatch.setattr(group, "make_landings", lambda groups, window_bytes: False)
+    compiled = compile_for_gpus(mesh, network(mesh, halves=True))
+    assert launches(compiled) == ["notify"]
+    assert set(collectives(compiled)) == {"all-gather", "all-to-all"}
+
+
+def test_halves_under_vmap_or_with_a_wire_format_on_the_way_back_are_the_references(mesh):
     def on_gpus(f):
         sharded = jax.shard_map(f, mesh=mesh, in_specs=(P("expert"), P(), P()), out_specs=P("expert"))
         return compile_for_gpus(mesh, sharded)
 
-    def vmapped(x, routers, scales):
-        def halves(x):
-            return moe(x, routers[0], scales[0], mode="low_latency", halves=True)
+    def vmapped(mode):
+        def f(x, routers, scales):
+            def halves(x):
+                return moe(x, routers[0], scales[0], mode=mode, halves=True)
 
-        return jax.vmap(halves, in_axes=1, out_axes=1)(x.reshape(T // 2, 2, H)).reshape(T, H)
+            return jax.vmap(halves, in_axes=1, out_axes=1)(x.reshape(T // 2, 2, H)).reshape(T, H)
 
-    def compressed(x, routers, scales):
-        idx = jax.lax.top_k(x @ routers[0], K)[1]
-        recv, handle = jax_ep.dispatch(x, idx, axis_name="expert", num_experts=E, mode="low_latency")
-        return jax_ep.combine_done(jax_ep.combine_start(recv.x, handle, wire="logfmt10"))
+        return f
 
-    def high_throughput(x, routers, scales):
-        return moe(x, routers[0], scales[0], halves=True)
+    def compressed(mode):
+        def f(x, routers, scales):
+            idx = jax.lax.top_k(x @ routers[0], K)[1]
+            recv, handle = jax_ep.dispatch(x, idx, axis_name="expert", num_experts=E, mode=mode)
+            return jax_ep.combine_done(jax_ep.combine_start(recv.x, handle, wire="logfmt10"))
 
-    assert not any(name.endswith(("start", "done")) for name in launches(on_gpus(vmapped)))
-    assert launches(on_gpus(compressed)) == ["low_latency_dispatch"]
-    assert launches(on_gpus(high_throughput)) == ["notify"]
+        return f
+
+    for mode, prefix in (("low_latency", "low_latency_"), ("high_throughput", "")):
+        assert not any(name.endswith(("start", "done")) for name in launches(on_gpus(vmapped(mode))))
+        assert launches(on_gpus(compressed(mode))) == [f"{prefix}dispatch"]
 
 
 def test_shapes_beyond_the_low_latency_kernel_are_served_by_the_other(mesh):

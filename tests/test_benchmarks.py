@@ -22,6 +22,17 @@ def benchmarks_importable():
     sys.path.remove(str(ROOT))
 
 
+@pytest.fixture
+def on_cpu():
+    """For tests that look at a CPU's rows: tests/gpu/test_benchmarks_gpu.py looks at those of a GPU."""
+    if jax.default_backend() != "cpu":
+        pytest.skip(f"asserts the rows of CPU devices, jax has {jax.default_backend()}")
+
+
+def owners(choices, num_ranks, num_experts=8):
+    return len(set(choices // (num_experts // num_ranks)))
+
+
 def module(name):
     return importlib.import_module(f"benchmarks.{name}")
 
@@ -36,7 +47,7 @@ def measure(out, *options):
     assert module("exchange").main(arguments) == 0
 
 
-def test_measured_rows_reach_the_summary_and_the_table(tmp_path, capsys):
+def test_measured_rows_reach_the_summary_and_the_table(tmp_path, capsys, on_cpu):
     operations = ("dispatch", "combine_weighted", "pair")
     measure(tmp_path / "tiny.json", "--layouts", "expert", "rank", "--operations", *operations)
     assert "speed of light" in capsys.readouterr().out
@@ -54,7 +65,7 @@ def test_measured_rows_reach_the_summary_and_the_table(tmp_path, capsys):
         assert (row["level"], row["graph"], row["gpus"], row["error"]) == ("program", False, None, None)
 
 
-def test_a_wire_format_and_a_table_without_rich(tmp_path, capsys, monkeypatch):
+def test_a_wire_format_and_a_table_without_rich(tmp_path, capsys, monkeypatch, on_cpu):
     monkeypatch.setitem(sys.modules, "rich.console", None)
     options = ["--layouts", "expert", "--operations", "dispatch", "--wires", "fp8", "--baselines", "--tokens", "3"]
     measure(tmp_path / "tiny.json", *options)
@@ -63,7 +74,7 @@ def test_a_wire_format_and_a_table_without_rich(tmp_path, capsys, monkeypatch):
     assert (row["by"], row["wire"], row["tokens"], row["mode"]) == ("jax_ep", "fp8", 3, "reference")
 
 
-def test_what_the_time_does_not_reach_is_recorded_as_skipped(tmp_path):
+def test_what_the_time_does_not_reach_is_recorded_as_skipped(tmp_path, on_cpu):
     operations = ["pair", "combine_weighted", "moe"]
     measure(tmp_path / "none.json", "--budget-s", "-1", "--operations", *operations, "--baselines", "all_to_all")
     rows = json.loads((tmp_path / "none.json").read_text())
@@ -87,7 +98,7 @@ def test_layers_by_groups_and_by_batches_are_the_same_layer():
         assert np.abs(results[0]).max() > 0
 
 
-def test_each_way_to_launch_is_a_process_whose_bad_end_is_recorded(tmp_path, monkeypatch):
+def test_each_way_to_launch_is_a_process_whose_bad_end_is_recorded(tmp_path, monkeypatch, on_cpu):
     exchange = module("exchange")
     options = ["--cpu-devices", "4", "--layouts", "rank", "--operations", "pair", "--baselines", "--calls", "2"]
     measure(tmp_path / "both.json", "--launch", "stream", "graph", *options)
@@ -100,8 +111,68 @@ def test_each_way_to_launch_is_a_process_whose_bad_end_is_recorded(tmp_path, mon
     monkeypatch.setattr(exchange, "GRAPH_FLAGS", "--no_such_flag_of_xla")
     measure(tmp_path / "bad.json", "--launch", "graph", *options)
     (row,) = json.loads((tmp_path / "bad.json").read_text())
-    assert row["error"].startswith("failed: the process ended with status") and row["us"] is None and row["graph"]
+    assert row["error"].startswith("failed: process 0 exited with") and row["us"] is None and row["graph"]
     assert set(module("summary").KEYS) <= set(row)
+
+
+@pytest.mark.multiprocess
+def test_rows_of_several_processes_stand_beside_those_of_one(tmp_path, capfd):
+    options = ["--layouts", "rank", "--operations", "pair", "--baselines", "all_to_all", "--calls", "2"]
+    measure(tmp_path / "processes.json", "--cpu-devices", "4", "--processes", "1", "2", *options)
+    rows = json.loads((tmp_path / "processes.json").read_text())
+    assert [(row["by"], row["processes"], row["ranks"], row["error"]) for row in rows] == [
+        (by, count, 4, None) for count in (1, 2) for by in ("jax_ep", "all_to_all")
+    ]
+    one, several = ({key: row[key] for key in row if not key.startswith(("us", "p1", "p9"))} for row in rows[::2])
+    times = ("processes", "ceiling", "ceiling_us", "ratio")
+    assert {key for key in one if one[key] != several[key]} <= set(times) and several["ceiling_us"] > 0
+    assert "jax_ep, rank, 2 processes" in capfd.readouterr().err
+
+
+@pytest.mark.multiprocess
+def test_a_process_of_several_that_ends_badly_is_recorded_and_ends_the_others(tmp_path, monkeypatch):
+    monkeypatch.setattr(module("exchange"), "GRAPH_FLAGS", "--no_such_flag_of_xla")
+    options = ["--layouts", "rank", "--operations", "pair", "--baselines", "--launch", "graph"]
+    measure(tmp_path / "bad.json", "--cpu-devices", "2", "--processes", "2", *options)
+    (row,) = json.loads((tmp_path / "bad.json").read_text())
+    assert row["error"].startswith("failed: process ") and (row["processes"], row["us"]) == (2, None)
+
+
+def test_processes_that_do_not_divide_the_devices_are_refused(capsys):
+    with pytest.raises(SystemExit):
+        module("exchange").parse(["--cpu-devices", "4", "--processes", "3"])
+    assert "--processes must divide --cpu-devices" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("layout", ["expert", "rank"])
+def test_overlap_measures_what_a_product_between_the_halves_hides(tmp_path, capsys, layout):
+    out = tmp_path / "overlap.json"
+    options = ["--cases", "expert", "--layouts", layout, "--calls", "2", "--samples", "3", "--product-rows", "8"]
+    assert module("overlap").main([*options, "--times", "0.1", "--out", str(out)]) == 0
+    assert capsys.readouterr().out.count("hidden") == 2
+    rows = json.loads(out.read_text())
+    assert [row["operation"] for row in rows] == ["dispatch_halves", "combine_halves"]
+    for row in rows:
+        assert set(module("summary").KEYS) <= set(row)
+        assert min(row["us"], row["both_us"], row["product_us"]) > 0 and row["mode"] == "reference"
+        assert row["hidden"] == pytest.approx(1 - (row["both_us"] - row["product_us"]) / row["us"], abs=0.01)
+
+
+@pytest.mark.parametrize("operation", ["dispatch_halves", "combine_halves"])
+def test_a_product_between_the_halves_stays_between_them(operation):
+    """As XLA is told: the product has what the start left, the done has what the product left."""
+    overlap, programs = module("overlap"), module("programs")
+    setting = programs.Setting.of(Case("by-hand", 5, 8, 2, 8, 4, dtype="float32"), calls=2).in_layout("expert")
+    chain, operands = overlap.halves(setting, operation, "auto", None)
+    a, w = setting.normal(4, (3, 8), jnp.float32), setting.normal(5, (8, 8), jnp.float32)
+    text = str(jax.make_jaxpr(setting.on_every_rank(chain(overlap.products(2))))(*operands, a, w))
+    names = re.findall(
+        r"jax_ep_(?:dispatch|combine)(?:_weighted)?_(?:start|done)|dot_general|optimization_barrier", text
+    )
+    start = {"dispatch_halves": "jax_ep_dispatch_start", "combine_halves": "jax_ep_combine_weighted_start"}[operation]
+    done = f"jax_ep_{operation.replace('_halves', '')}_done"
+    once = [start, "optimization_barrier", *["dot_general"] * 2, "optimization_barrier", done]
+    assert names == once * 2
 
 
 @pytest.mark.parametrize("layout", ["expert", "rank"])
@@ -114,7 +185,8 @@ def test_chained_calls_compute_what_single_ones_do(layout):
     if layout == "expert":
         factors = [np.asarray(weights).sum(axis=1)] * 2
     else:
-        factors = [[len(set(choices // 2)) for choices in idx.reshape(-1, 2)] for idx in setting.topk_idx]
+        ranks = setting.case.num_ranks
+        factors = [[owners(choices, ranks) for choices in idx.reshape(-1, 2)] for idx in setting.topk_idx]
     np.testing.assert_allclose(jax.jit(pairs)(*arguments), x * np.prod(factors, axis=0)[:, None], rtol=1e-5)
     assert (setting.topk_idx[0] != setting.topk_idx[1]).any()
 
@@ -134,10 +206,11 @@ def test_baselines_bring_back_their_copies_of_a_token():
     baselines = module("baselines")
     setting = module("programs").Setting.of(Case("by-hand", 5, 8, 2, 8, 4, dtype="float32")).in_layout("expert")
     x, _, (idx,) = setting.inputs()
-    num_owners = [len(set(choices // 2)) for choices in np.asarray(idx)]
+    num_ranks, num_local = setting.case.num_ranks, setting.case.num_local_experts
+    num_owners = [owners(choices, num_ranks) for choices in np.asarray(idx)]
     ragged = baselines.ragged_all_to_all(setting.case, emulated_ragged_all_to_all)
     made = {name: make(setting.case) for name, make in baselines.BASELINES.items()} | {"ragged_all_to_all": ragged}
-    copies = {"all_gather+psum_scatter": 4, "all_to_all": np.array(num_owners)[:, None], "ragged_all_to_all": 2}
+    copies = {"all_gather+psum_scatter": num_ranks, "all_to_all": np.array(num_owners)[:, None], "ragged_all_to_all": 2}
     for name, parts in made.items():
         back = jax.jit(setting.on_every_rank(lambda *args, parts=parts: parts.combine(*parts.dispatch(*args))))(x, idx)
         np.testing.assert_allclose(back, x * jnp.asarray(copies[name], x.dtype), rtol=1e-6)
@@ -149,9 +222,8 @@ def test_baselines_bring_back_their_copies_of_a_token():
     rows, sizes = jax.jit(setting.on_every_rank(in_expert_order))(x, idx)
     capacity = setting.case.max_recv_tokens
     for expert in range(8):
-        group = np.asarray(rows)[expert // 2 * capacity :][int(sizes[expert - expert % 2 : expert].sum()) :][
-            : sizes[expert]
-        ]
+        before = int(sizes[expert - expert % num_local : expert].sum())
+        group = np.asarray(rows)[expert // num_local * capacity :][before:][: sizes[expert]]
         np.testing.assert_array_equal(group, np.asarray(x)[(np.asarray(idx) == expert).any(axis=1)])
 
 

@@ -31,6 +31,7 @@ def test_what_handlers_are_told_within_a_process_and_over_several(tmp_path):
         "-Wall",
         "-Werror",
         "-fsanitize=undefined",
+        "-fno-sanitize-recover",
         f"-I{ROOT / 'ffi'}",
         f"-isystem{include}",
     ]

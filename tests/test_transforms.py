@@ -793,7 +793,8 @@ def test_export_and_back_with_gradients(layout):
     args = layer_inputs(c)
     f = layer(c)
     checks = [
-        jax.export.DisabledSafetyCheck.custom_call(f"jax_ep_{name}")
+        jax.export.DisabledSafetyCheck.custom_call(f"jax_ep_{mode}{name}")
+        for mode in ("", "low_latency_")
         for name in ("notify", "dispatch", "dispatch_cached", "combine", "combine_weighted")
     ]
     exported = jax.export.export(f, disabled_checks=checks)(*avals(c, args))

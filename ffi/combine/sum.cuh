@@ -1,4 +1,5 @@
-// A warp's sum of a few rows: the contract's order and rounding. Neighbour: vector.cuh, 16 bytes of it.
+// The sums of a combine, to the bit: a warp adds the rows that its lanes name, in lane order, in f32, and rounds the
+// sum. Neighbour: vector.cuh, the arithmetic of 16 bytes.
 #pragma once
 
 #include "combine/vector.cuh"

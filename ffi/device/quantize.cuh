@@ -390,15 +390,21 @@ class LaneEncoder {
   uint32_t x_[kVectors][4];
 };
 
+// Of a step that has been loaded.
 template <bool kWhole, Wire kWire, class T>
-__device__ __forceinline__ void EncodeStep(LaneEncoder<kWire, T>& lane) {
-  lane.template Load<kWhole>();
+__device__ __forceinline__ void EncodeLoaded(LaneEncoder<kWire, T>& lane) {
   uint32_t amax = lane.Amax();
 #pragma unroll
   for (int distance = GroupColumns(kWire) / kLaneColumns / 2; distance > 0; distance /= 2) {
     amax = Greater(amax, __shfl_xor_sync(~0u, amax, distance));
   }
   lane.template Store<kWhole>(amax);
+}
+
+template <bool kWhole, Wire kWire, class T>
+__device__ __forceinline__ void EncodeStep(LaneEncoder<kWire, T>& lane) {
+  lane.template Load<kWhole>();
+  EncodeLoaded<kWhole>(lane);
 }
 
 // Encodes T[hidden] at `row` into e4m3[hidden] at `values` and NumGroups scales at `scales`, all in shared memory.

@@ -1,8 +1,10 @@
 // The copying warps of a dispatch: all rows of a result that do not come over the link.
 //
-//   own tokens   from x to their rows here; waits for the slots of the sending lane (progress >= 1)
+//   own tokens   from x to their rows here; waits for the slots of the block that routed them (progress >= 1)
 //   zero rows    padding of groups and the tail
-//   fan-out      a peer's row, once it is here, to the further experts that chose it (progress >= 1 + token)
+//   fan-out      a peer's row, once its chunk is here (arrived), to the further experts that chose it
+//
+// A warp takes the next piece of work of each kind as it comes free: those beside senders are slower than the others.
 #pragma once
 
 #include "device/warp.cuh"
@@ -124,57 +126,81 @@ __device__ inline void FindZeroRows(const DispatchPlan& plan, const int32_t* cou
   if (lane == 0) zero.before[zero.num_ranges] = before;
 }
 
-__device__ inline void WriteZeroRows(const DispatchPlan& plan, const ZeroRows& zero, const char* zeros, int index) {
+// Pieces of work, each taken by one warp of the grid. Called by the whole warp; the next one is on its way meanwhile.
+class Taken {
+ public:
+  __device__ explicit Taken(unsigned int* counter) : counter_(counter), next_(Add()) {}
+  __device__ __forceinline__ unsigned int Next() {
+    const unsigned int number = __shfl_sync(~0u, next_, 0);
+    next_ = Add();
+    return number;
+  }
+
+ private:
+  __device__ __forceinline__ unsigned int Add() const { return threadIdx.x % 32 == 0 ? atomicAdd(counter_, 1u) : 0; }
+
+  unsigned int* const counter_;
+  unsigned int next_;
+};
+
+__device__ inline void WriteZeroRows(const DispatchPlan& plan, const ZeroRows& zero, const char* zeros, Taken& taken) {
+  constexpr int kRows = 4;  // at once
   const DispatchParams& p = plan.params;
   const int lane = threadIdx.x % 32, num_rows = zero.before[zero.num_ranges];
   int range = 0;
-  for (int i = index; i < num_rows; i += plan.num_copy_warps) {
-    while (i >= zero.before[range + 1]) ++range;
-    const int64_t row = zero.first[range] + (i - zero.before[range]);
-    if (p.num_row_arrays > 0) {
-      const int64_t row_bytes = p.rows[0].row_bytes;
-      for (int64_t offset = static_cast<int64_t>(lane) * plan.zero_bytes; offset < row_bytes;
-           offset += 32 * plan.zero_bytes) {
-        const int num_bytes = static_cast<int>(min(static_cast<int64_t>(plan.zero_bytes), row_bytes - offset));
-        BulkStore(p.rows[0].recv + row * row_bytes + offset, zeros, num_bytes);
+  for (int64_t first; (first = static_cast<int64_t>(taken.Next()) * kRows) < num_rows;) {
+    for (int i = static_cast<int>(first); i < min(static_cast<int>(first) + kRows, num_rows); ++i) {
+      while (i >= zero.before[range + 1]) ++range;
+      const int64_t row = zero.first[range] + (i - zero.before[range]);
+      if (p.num_row_arrays > 0) {
+        const int64_t row_bytes = p.rows[0].row_bytes;
+        for (int64_t offset = static_cast<int64_t>(lane) * plan.zero_bytes; offset < row_bytes;
+             offset += 32 * plan.zero_bytes) {
+          const int num_bytes = static_cast<int>(min(static_cast<int64_t>(plan.zero_bytes), row_bytes - offset));
+          BulkStore(p.rows[0].recv + row * row_bytes + offset, zeros, num_bytes);
+        }
+        CommitBulkGroup();
+        WaitBulkRead<4>();
       }
-      CommitBulkGroup();
-      WaitBulkRead<4>();
-    }
-    if (p.num_row_arrays > 1) {
-      for (int64_t j = lane; j < p.rows[1].row_bytes; j += 32) p.rows[1].recv[row * p.rows[1].row_bytes + j] = 0;
-    }
-    const int num_choices = p.layout == Layout::kRank ? p.num_topk : 1;
-    if (lane < num_choices) {
-      if (p.recv_weights != nullptr) p.recv_weights[row * num_choices + lane] = 0.f;
-      if (p.recv_topk_idx != nullptr && p.operation != kDispatchCached) p.recv_topk_idx[row * num_choices + lane] = -1;
+      if (p.num_row_arrays > 1) {
+        for (int64_t j = lane; j < p.rows[1].row_bytes; j += 32) p.rows[1].recv[row * p.rows[1].row_bytes + j] = 0;
+      }
+      const int num_choices = p.layout == Layout::kRank ? p.num_topk : 1;
+      if (lane < num_choices) {
+        if (p.recv_weights != nullptr) p.recv_weights[row * num_choices + lane] = 0.f;
+        if (p.recv_topk_idx != nullptr && p.operation != kDispatchCached)
+          p.recv_topk_idx[row * num_choices + lane] = -1;
+      }
     }
   }
 }
 
-// All of a copying warp's work. `index` numbers the copying warps of the grid.
+// All of a copying warp's work.
 __device__ inline void CopyRows(const DispatchPlan& plan, const Call& call, DispatchShared& shared,
-                                const ZeroRows& zero, const char* zeros, char* stages, int warp, int index) {
+                                const ZeroRows& zero, const char* zeros, char* stages, int warp) {
   const DispatchParams& p = plan.params;
   const int lane = threadIdx.x % 32, num_lanes = plan.num_lanes(), num_peers = call.num_ranks - 1;
   const int64_t choices = static_cast<int64_t>(p.num_tokens) * p.num_topk;
   const int longest = (p.num_tokens + num_lanes - 1) / num_lanes;
   CopyPipe pipe(plan, shared, stages, warp);
+  // The first piece of each kind is asked for at once.
+  Taken own_rows(&call.window->taken_own_rows), zero_rows(&call.window->taken_zero_rows),
+      copies(&call.window->taken_copies);
 
   // Tokens in the order in which the sending lanes take them.
   const auto token_of = [&](int step, int sending_lane) {
-    const int token = plan.TokenBegin(sending_lane) + step;
-    return token < plan.TokenBegin(sending_lane + 1) ? token : -1;
+    const int token = shared.lane_begin[sending_lane] + step;
+    return token < shared.lane_begin[sending_lane + 1] ? token : -1;
   };
   const auto rows_of = [&](int source, int token) {
     const int row =
         lane < p.num_topk ? p.recv_slot[source * choices + static_cast<int64_t>(token) * p.num_topk + lane] : -1;
     return DistinctRow(plan, row);
   };
-  const auto await = [&](int source, int sending_lane, uint32_t state) {
+  const auto await = [&](const uint64_t* flag, uint32_t state, int source, int item) {
     bool came = true;
     if (lane == 0) {
-      came = Await(call, &call.window->progress[source][sending_lane], state, kRows, source, sending_lane);
+      came = Await(call, flag, state, kRows, source, item);
       FenceProxyAsync();
     }
     came = __shfl_sync(~0u, came, 0);
@@ -184,24 +210,27 @@ __device__ inline void CopyRows(const DispatchPlan& plan, const Call& call, Disp
 
   bool came = true;
   if (p.num_row_arrays > 0) {
-    for (int i = index; i < longest * num_lanes && came; i += plan.num_copy_warps) {
-      const int token = token_of(i / num_lanes, i % num_lanes);
+    for (unsigned int i; came && (i = own_rows.Next()) < static_cast<unsigned int>(longest * num_lanes);) {
+      const int step = static_cast<int>(i) / num_lanes, sending_lane = static_cast<int>(i) - step * num_lanes;
+      const int block = sending_lane / kSendWarps, token = token_of(step, sending_lane);
       if (token < 0) continue;
-      if (p.operation != kDispatchCached) came = await(call.rank, i % num_lanes, kPosted);
+      if (p.operation != kDispatchCached)
+        came = await(&call.window->progress[call.rank][block], kPosted, call.rank, block);
       const int row = rows_of(call.rank, token);
       if (!came || __ballot_sync(~0u, row >= 0) == 0) continue;
       pipe.Copy(p.rows[0].x, p.rows[1].x, token, row);
     }
   }
-  if (came) WriteZeroRows(plan, zero, zeros, index);
-  if (p.num_row_arrays > 0 && p.layout != Layout::kRank && p.num_topk > 1 && num_peers > 0) {
-    const int64_t num_jobs = static_cast<int64_t>(longest) * num_lanes * num_peers;
-    for (int64_t i = index; i < num_jobs && came; i += plan.num_copy_warps) {
-      const int source = (call.rank + num_peers - static_cast<int>(i % num_peers)) % call.num_ranks;
-      const int sending_lane = static_cast<int>(i / num_peers % num_lanes);
-      const int step = static_cast<int>(i / num_peers / num_lanes), token = token_of(step, sending_lane);
+  if (came) WriteZeroRows(plan, zero, zeros, zero_rows);
+  if (came && p.num_row_arrays > 0 && plan.copies_on() && num_peers > 0) {
+    const auto num_jobs = static_cast<unsigned int>(longest * num_lanes) * num_peers;  // < 2 * choices of the ranks
+    for (unsigned int i; came && (i = copies.Next()) < num_jobs;) {
+      const int all_lanes = static_cast<int>(i / num_peers), nth = static_cast<int>(i) - all_lanes * num_peers;
+      const int step = all_lanes / num_lanes, sending_lane = all_lanes - step * num_lanes;
+      const int source = (call.rank + num_peers - nth) % call.num_ranks, token = token_of(step, sending_lane);
       if (token < 0) continue;
-      came = await(source, sending_lane, 2 + step);
+      const int chunk = sending_lane * plan.chunks_per_lane + step / plan.chunk_tokens;
+      came = await(&call.window->arrived[source][chunk], kDone, source, chunk);
       if (!came) break;
       int row = rows_of(source, token);
       const uint32_t holders = __ballot_sync(~0u, row >= 0);

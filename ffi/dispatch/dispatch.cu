@@ -1,6 +1,6 @@
 // The dispatch kernel and its launcher: see dispatch.h for the contract, docs/protocol.md for the order of events.
 //
-//   blocks < num_send_blocks   warps 0, 1 send; warp 2 publishes and leaves; warps 3.. copy
+//   blocks < num_send_blocks   warps 0, 1 send; warps 2.. route, then warp 2 publishes and leaves, warps 3.. copy
 //   other blocks               all warps copy
 #include <algorithm>
 
@@ -13,14 +13,16 @@ namespace jax_ep {
 namespace {
 
 constexpr int kMaxSendPiece = 14336, kMaxCopyPiece = 8192, kMaxZeroBytes = 4096;
-constexpr int64_t kMaxDynamicShared = 232448 - 12288;  // a block's limit less the static part
+// A block's limit less the static part, to which a few more words belong.
+constexpr int64_t kMaxDynamicShared = (232448 - int64_t{sizeof(DispatchShared)} - 256) / 128 * 128;
 
-// The gates of this block's tokens along a known routing.
+// The gates of this block's tokens along a known routing, by the routing warps.
 __device__ void SendCachedWeights(const DispatchPlan& plan, const Call& call, const DispatchShared& shared) {
   const DispatchParams& p = plan.params;
   const int num_topk = p.num_topk, capacity = p.max_recv_tokens;
   const int begin = plan.TokenBegin(kSendWarps * blockIdx.x), end = plan.TokenBegin(kSendWarps * (blockIdx.x + 1));
-  for (int i = begin * num_topk + threadIdx.x; i < end * num_topk; i += kDispatchThreads) {
+  const int thread = threadIdx.x - 32 * kSendWarps;
+  for (int i = begin * num_topk + thread; i < end * num_topk; i += 32 * kRouteWarps) {
     const int slot = p.slot[i], rank = slot >= 0 ? slot / capacity : -1, first = i / num_topk * num_topk;
     const float weight = p.topk_weights[i];
     if (p.layout != Layout::kRank) {
@@ -38,21 +40,27 @@ __device__ void SendCachedWeights(const DispatchPlan& plan, const Call& call, co
   }
 }
 
+// All routing warps of a send block. A release of what they wrote to the publisher among them.
+__device__ __forceinline__ void SyncRouteWarps() { asm volatile("bar.sync 1, %0;" ::"n"(32 * kRouteWarps) : "memory"); }
+
 __global__ void __launch_bounds__(kDispatchThreads, 1) DispatchKernel(const __grid_constant__ DispatchPlan plan) {
   extern __shared__ __align__(128) char dynamic[];
   __shared__ DispatchShared shared;
   const DispatchParams& p = plan.params;
   const Call call = BeginCall(p.group, p.operation);
   const int block = blockIdx.x, warp = threadIdx.x / 32;
-  const bool sends = block < plan.num_send_blocks, cached = p.operation == kDispatchCached;
+  const bool send_block = block < plan.num_send_blocks, cached = p.operation == kDispatchCached;
+  const bool sender = send_block && warp < kSendWarps && p.num_row_arrays > 0;
   char* const send_stages = dynamic + plan.stages_offset;
-  char* const copy_stages = send_stages + (sends ? kSendWarps * plan.send.stages * plan.send.stride : 0);
+  char* const copy_stages = send_stages + (send_block ? kSendWarps * plan.send.stages * plan.send.stride : 0);
   const NotifyShared notify(plan, copy_stages, call.num_ranks);
   const ZeroRows zero(plan, dynamic + plan.zero_rows_offset, call.num_ranks);
 
   for (int i = threadIdx.x; i < plan.zero_bytes / 16; i += kDispatchThreads)
     reinterpret_cast<int4*>(dynamic)[i] = int4{};
-  if (threadIdx.x < kSendWarps) shared.sent[threadIdx.x] = kPosted;
+  if (threadIdx.x < kSendWarps) shared.sent[threadIdx.x] = shared.published[threadIdx.x] = 0;
+  if (threadIdx.x < kRouteWarps) shared.slotted[threadIdx.x] = 0;
+  if (static_cast<int>(threadIdx.x) <= plan.num_lanes()) shared.lane_begin[threadIdx.x] = plan.TokenBegin(threadIdx.x);
   for (int i = threadIdx.x; i < kSendWarps * kMaxSendStages; i += kDispatchThreads)
     InitMbarrier(&shared.send_full[0][0] + i);
   for (int i = threadIdx.x; i < kDispatchWarps * kMaxCopyStages; i += kDispatchThreads)
@@ -61,12 +69,14 @@ __global__ void __launch_bounds__(kDispatchThreads, 1) DispatchKernel(const __gr
   if (p.refused && threadIdx.x == 0) Refuse(call);
   const bool takes_part = __syncthreads_and(!p.refused && !HasFailed(call));
 
-  if (sends && takes_part) {
+  Sender rows(plan, call, shared, send_stages);
+  if (sender && takes_part) rows.Begin();
+  if (send_block && takes_part) {
     if (!cached) {
-      CountTokens(plan, call, notify, [&](int bin, int count) {
+      CountTokens(plan, call, notify, shared, [&](int bin, int count) {
         for (int i = 0; i < call.num_ranks; ++i) {
           const int peer = (call.rank + 1 + i) % call.num_ranks;
-          call.Peer(peer)->counts[call.parity][call.rank][blockIdx.x][bin] = count;
+          call.Peer(peer)->counts[call.parity][call.rank][block][bin] = count;
         }
       });
     }
@@ -79,46 +89,49 @@ __global__ void __launch_bounds__(kDispatchThreads, 1) DispatchKernel(const __gr
       mail->address[kRecvTopkIdx] = reinterpret_cast<uint64_t>(p.recv_topk_idx);
     }
     __syncthreads();
-    if (warp == 0) Post(call, block);
+    if (warp == kPublishWarp) Post(call, block);
   }
   bool met = takes_part;
-  if (met && (sends || !cached)) met = Meet(plan, call, shared);
-  if (met && !cached) {
-    __syncthreads();
-    PlaceExperts(plan, call, notify);
-    if (warp == 0) {
-      const int num_local = p.num_experts / call.num_ranks;
-      const int rows_wanted = p.layout == Layout::kRank ? notify.total[p.num_experts + call.rank] : 0;
-      FindZeroRows(plan, notify.total + call.rank * num_local, rows_wanted, zero);
-    }
-    if (sends && p.layout == Layout::kRank) WriteRankSlots(plan, call, notify, shared);
-    if (sends && p.layout != Layout::kRank) WriteExpertSlots(plan, call, notify, shared);
-  } else if (met) {
-    __syncthreads();
-    if (warp == 0) FindZeroRows(plan, p.counts, p.counts[zero.num_ranges - 1], zero);
-    if (sends && p.topk_weights != nullptr) SendCachedWeights(plan, call, shared);
-  }
-  if (!met && threadIdx.x < kSendWarps) shared.sent[threadIdx.x] = kGone;
-  FenceProxyAsyncShared();  // zeros are read, and the copiers' stages filled, by bulk copies
+  if (met && (send_block || !cached)) met = Meet(plan, call, shared);
   __syncthreads();
+  if (met && !cached) PlaceExperts(plan, call, notify);
 
-  if (sends && warp < kSendWarps) {
-    if (met && p.num_row_arrays > 0) {
-      SendRows(plan, call, shared, send_stages);
-    } else if (met && threadIdx.x % 32 == 0) {
-      StoreReleaseShared(&shared.sent[warp], kDone);
+  if (send_block && warp < kSendWarps) {
+    if (sender && met) {
+      rows.Run();
+    } else if (sender && takes_part) {
+      rows.Abandon();
+    } else if (threadIdx.x % 32 == 0) {
+      StoreReleaseShared(&shared.sent[warp], met ? kSenderDone : kSenderDone | kSenderGone);
     }
-  } else if (sends && warp == kPublishWarp) {
-    Publish(plan, call, shared);
-  } else if (met) {
-    const int copy_warp = sends ? warp - kFirstCopyWarp : warp, per_send_block = kDispatchWarps - kFirstCopyWarp;
-    const int index =
-        sends ? block * per_send_block + copy_warp
-              : plan.num_send_blocks * per_send_block + (block - plan.num_send_blocks) * kDispatchWarps + copy_warp;
-    CopyRows(plan, call, shared, zero, dynamic, copy_stages, copy_warp, index);
+  } else {
+    if (met && warp == kDispatchWarps - 1) {
+      const int num_local = p.num_experts / call.num_ranks;
+      const int32_t* counts = cached ? p.counts : notify.total + call.rank * num_local;
+      const int32_t* wanted = cached ? p.counts + num_local : notify.total + p.num_experts + call.rank;
+      FindZeroRows(plan, counts, p.layout == Layout::kRank ? *wanted : 0, zero);
+    }
+    if (met && send_block) {
+      if (cached && p.topk_weights != nullptr) SendCachedWeights(plan, call, shared);
+      if (!cached && p.layout == Layout::kRank) WriteRankSlots(plan, call, notify, shared, warp - kSendWarps);
+      if (!cached && p.layout != Layout::kRank) WriteExpertSlots(plan, call, notify, shared, warp - kSendWarps);
+    }
+    FenceProxyAsyncShared();  // zeros are read, and the copiers' stages filled, by bulk copies
+    if (send_block) {
+      SyncRouteWarps();
+    } else {
+      __syncthreads();
+    }
+    if (send_block && warp == kPublishWarp) {
+      Publish(plan, call, shared, met);
+    } else if (met) {
+      CopyRows(plan, call, shared, zero, dynamic, copy_stages, send_block ? warp - kFirstCopyWarp : warp);
+    }
   }
   if (IsLastBlock(call)) {
     if (HasFailed(call)) ClearResults(p, call);
+    if (threadIdx.x < 2 * kMaxSendBlocks) call.window->taken_chunks[threadIdx.x] = 0;
+    if (threadIdx.x == 0) call.window->taken_own_rows = call.window->taken_zero_rows = call.window->taken_copies = 0;
     EndCall(call);
   }
 }
@@ -158,10 +171,14 @@ cudaError_t LaunchDispatch(const DispatchParams& params, int num_ranks, const Di
                            cudaStream_t stream) {
   DispatchPlan plan;
   plan.params = params;
-  const int num_blocks = std::max(1, std::min(config.num_sms, kMaxLanes / kSendWarps));
-  plan.num_send_blocks = std::min({num_blocks, config.num_send_blocks, kMaxSendBlocks});
-  const int copy_warps = kDispatchWarps - kFirstCopyWarp;
-  plan.num_copy_warps = plan.num_send_blocks * copy_warps + (num_blocks - plan.num_send_blocks) * kDispatchWarps;
+  const int num_blocks = std::max(1, std::min(config.num_sms, kMaxLanes));
+  // To more peers a row that is loaded once leaves several times, so fewer senders fill the link.
+  const int send_blocks = config.num_send_blocks > 0 ? config.num_send_blocks : num_ranks == 2 ? 16 : 12;
+  plan.num_send_blocks = std::min({num_blocks, send_blocks, kMaxSendBlocks});
+  const int longest = static_cast<int>((params.num_tokens + plan.num_lanes() - 1ll) / plan.num_lanes());
+  const int most_chunks = kMaxChunks / plan.num_lanes();
+  plan.chunk_tokens = std::max(kLeastChunk, (longest + most_chunks - 1) / most_chunks);
+  plan.chunks_per_lane = std::max((longest + plan.chunk_tokens - 1) / plan.chunk_tokens, 1);
   plan.num_bins = params.num_experts + (params.layout == Layout::kRank ? num_ranks : 0);
   const int64_t row_bytes = params.num_row_arrays > 0 ? params.rows[0].row_bytes : 16;
   const int64_t second_bytes = params.num_row_arrays > 1 ? params.rows[1].row_bytes : 0;
@@ -171,17 +188,22 @@ cudaError_t LaunchDispatch(const DispatchParams& params, int num_ranks, const Di
   const int num_local = params.num_experts / num_ranks;
   plan.zero_rows_offset = RoundUp(plan.zero_bytes, 16);
   plan.stages_offset = RoundUp(plan.zero_rows_offset + (2 * num_local + 3) * 4, 128);
-  const int64_t scratch = std::max(kDispatchWarps * 32 * num_ranks, params.num_experts + num_ranks);
-  const int64_t notify_bytes = 4 * ((kDispatchWarps + 2ll) * plan.num_bins + scratch);
+  const int64_t scratch = std::max(kRouteWarps * 32 * num_ranks, params.num_experts + num_ranks);
+  const int64_t notify_bytes = 4 * ((kRouteWarps + 2ll) * plan.num_bins + scratch);
   const auto shared_bytes = [&] {
     const int64_t send_bytes = static_cast<int64_t>(kSendWarps) * plan.send.stages * plan.send.stride;
     const int64_t copy_bytes = static_cast<int64_t>(plan.copy.stages) * plan.copy.stride;
+    const int copy_warps = kDispatchWarps - kFirstCopyWarp;
     const int64_t send_block = send_bytes + std::max(copy_warps * copy_bytes, notify_bytes);
     const int64_t copy_block = std::max(kDispatchWarps * copy_bytes, notify_bytes);
     return plan.stages_offset + std::max(send_block, num_blocks > plan.num_send_blocks ? copy_block : 0);
   };
   while (shared_bytes() > kMaxDynamicShared && plan.copy.stages > 2) --plan.copy.stages;
   while (shared_bytes() > kMaxDynamicShared && plan.send.stages > 2) --plan.send.stages;
+  const int64_t free_bytes =
+      (kDispatchWarps - kFirstCopyWarp) * int64_t{plan.copy.stages} * plan.copy.stride - notify_bytes;
+  const int64_t block_tokens = (params.num_tokens + plan.num_send_blocks - 1) / plan.num_send_blocks + 1;
+  plan.staged_choices = static_cast<int>(std::clamp<int64_t>(free_bytes / 8, 0, block_tokens * params.num_topk));
   DispatchKernel<<<num_blocks, kDispatchThreads, shared_bytes(), stream>>>(plan);
   return cudaGetLastError();
 }

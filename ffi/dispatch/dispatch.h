@@ -46,7 +46,7 @@ struct DispatchParams {
 
 struct DispatchConfig {
   int num_sms = 24;
-  int num_send_blocks = 12;
+  int num_send_blocks = 0;           // 0: by the number of ranks
   int send_bytes_in_flight = 43008;  // a sending warp; two of them a block
 };
 

@@ -1,6 +1,6 @@
 // The routing of a dispatch: counts out, counts in, final places by prefix sums.
-// All threads of a block call these in order: CountTokens, Meet, PlaceExperts, WriteSlots. Only send blocks count and
-// write slots.
+// All threads of a block call these in order: CountTokens, Meet, PlaceExperts; then the routing warps WriteSlots, while
+// the senders of the block follow them with rows. Only send blocks count and write slots.
 #pragma once
 
 #include <type_traits>
@@ -12,54 +12,87 @@ namespace jax_ep {
 
 // Lives where the stages of the copiers will be.
 struct NotifyShared {
-  int32_t* hist;       // [kDispatchWarps][num_bins]: counts of a warp's tokens, later the next row of each bin
+  const DispatchParams& params;
+  int32_t* hist;       // [kRouteWarps][num_bins]: counts of a warp's tokens, later the next row of each bin
   int32_t* total;      // [num_bins]: over all ranks
   int32_t* before;     // [num_bins]: first row of this block
-  int32_t* token_row;  // [kDispatchWarps][32][R]: layout "rank"
+  int32_t* token_row;  // [kRouteWarps][32][R]: layout "rank"
+  int first_choice, num_staged;
+  int32_t* topk_idx;  // [num_staged]: this block's, from the counting on
+  float* topk_weights;
 
-  __device__ NotifyShared(const DispatchPlan& plan, char* shared, int num_ranks) {
+  __device__ NotifyShared(const DispatchPlan& plan, char* shared, int num_ranks) : params(plan.params) {
     hist = reinterpret_cast<int32_t*>(shared);
-    total = hist + kDispatchWarps * plan.num_bins;
+    total = hist + kRouteWarps * plan.num_bins;
     before = total + plan.num_bins;
     token_row = before + plan.num_bins;
+    topk_idx = token_row + max(kRouteWarps * 32 * num_ranks, params.num_experts + num_ranks);
+    num_staged = plan.staged_choices;
+    topk_weights = reinterpret_cast<float*>(topk_idx + num_staged);
+    first_choice = plan.TokenBegin(kSendWarps * blockIdx.x) * params.num_topk;
+  }
+  __device__ __forceinline__ int Expert(int choice) const {
+    const int i = choice - first_choice;
+    const int expert = i < num_staged ? topk_idx[i] : __ldg(params.topk_idx + choice);
+    return expert < params.num_experts ? expert : -1;
+  }
+  __device__ __forceinline__ float Weight(int choice) const {
+    const int i = choice - first_choice;
+    return i < num_staged ? topk_weights[i] : __ldg(params.topk_weights + choice);
   }
 };
 
-struct TokenRange {
-  int begin, end;
+// For a dispatch whose ranks do not reach each other's results: routing warps write `slot` and nothing else, and no
+// sender follows them.
+struct OutOfReach {
+  const DispatchPlan& plan;
+
+  __device__ __forceinline__ Tokens RoutedBy(int warp) const {
+    return PartOf(plan.TokenBegin(kSendWarps * blockIdx.x), plan.TokenBegin(kSendWarps * (blockIdx.x + 1)), warp);
+  }
 };
 
-// The tokens of a warp, in order: so a warp's rows of one expert come after those of the warps before it.
-__device__ __forceinline__ TokenRange WarpTokens(const DispatchPlan& plan) {
-  const int warp = threadIdx.x / 32;
-  const int begin = plan.TokenBegin(kSendWarps * blockIdx.x), end = plan.TokenBegin(kSendWarps * (blockIdx.x + 1));
-  return {begin + (end - begin) * warp / kDispatchWarps, begin + (end - begin) * (warp + 1) / kDispatchWarps};
-}
-
-// Counts this block's tokens: `put(bin, count)` tells the ranks of each. By all threads, which then synchronise and
-// post.
-template <class Put>
+// The routing warps count their tokens, the block's threads `put(bin, count)` to where the ranks find the counts. Then
+// the block synchronises and posts. `shared`: DispatchShared or OutOfReach, here and below.
+template <class Shared, class Put>
 __device__ inline void CountTokens(const DispatchPlan& plan, const Call& call, const NotifyShared& notify,
-                                   const Put& put) {
+                                   const Shared& shared, const Put& put) {
+  constexpr int kBatch = 8;  // loads on their way at once: one after another they would take 1 µs each
   const DispatchParams& p = plan.params;
-  const int lane = threadIdx.x % 32, num_experts = p.num_experts, experts_per_rank = num_experts / call.num_ranks;
-  int32_t* hist = notify.hist + threadIdx.x / 32 * plan.num_bins;
-  for (int bin = lane; bin < plan.num_bins; bin += 32) hist[bin] = 0;
-  __syncwarp();
-  const TokenRange tokens = WarpTokens(plan);
-  if (p.layout != Layout::kRank) {
-    for (int i = tokens.begin * p.num_topk + lane; i < tokens.end * p.num_topk; i += 32) {
-      const int expert = p.topk_idx[i];
-      if (expert >= 0 && expert < num_experts) atomicAdd(&hist[expert], 1);
+  const int lane = threadIdx.x % 32, warp = static_cast<int>(threadIdx.x / 32) - kSendWarps;
+  const int num_experts = p.num_experts, experts_per_rank = num_experts / call.num_ranks, num_topk = p.num_topk;
+  if (warp >= 0) {
+    int32_t* hist = notify.hist + warp * plan.num_bins;
+    for (int bin = lane; bin < plan.num_bins; bin += 32) hist[bin] = 0;
+    __syncwarp();
+    const Tokens tokens = shared.RoutedBy(warp);
+    const int end = tokens.end * num_topk;
+    for (int base = tokens.begin * num_topk + lane; base < end; base += 32 * kBatch) {
+      int expert[kBatch];
+      float weight[kBatch];
+#pragma unroll
+      for (int j = 0; j < kBatch; ++j) {
+        const int i = base + 32 * j;
+        expert[j] = i < end ? __ldg(p.topk_idx + i) : -1;
+        weight[j] = i < end && p.topk_weights != nullptr ? __ldg(p.topk_weights + i) : 0.f;
+      }
+#pragma unroll
+      for (int j = 0; j < kBatch; ++j) {
+        const int i = base + 32 * j;
+        if (i < end && i - notify.first_choice < notify.num_staged) {
+          notify.topk_idx[i - notify.first_choice] = expert[j];
+          notify.topk_weights[i - notify.first_choice] = weight[j];
+        }
+        if (expert[j] >= 0 && expert[j] < num_experts) atomicAdd(&hist[expert[j]], 1);
+      }
     }
-  } else {
-    for (int token = tokens.begin + lane; token < tokens.end; token += 32) {
+    __syncwarp();
+    // In layout "rank" a token counts once on each of its ranks.
+    for (int token = tokens.begin + lane; token < tokens.end && p.layout == Layout::kRank; token += 32) {
       uint32_t ranks = 0;
-      for (int k = 0; k < p.num_topk; ++k) {
-        const int expert = p.topk_idx[token * p.num_topk + k];
-        if (expert < 0 || expert >= num_experts) continue;
-        atomicAdd(&hist[expert], 1);
-        ranks |= 1u << (expert / experts_per_rank);
+      for (int k = 0; k < num_topk; ++k) {
+        const int expert = notify.Expert(token * num_topk + k);
+        if (expert >= 0) ranks |= 1u << (expert / experts_per_rank);
       }
       for (; ranks != 0; ranks &= ranks - 1) atomicAdd(&hist[num_experts + __ffs(ranks) - 1], 1);
     }
@@ -67,7 +100,7 @@ __device__ inline void CountTokens(const DispatchPlan& plan, const Call& call, c
   __syncthreads();
   for (int bin = threadIdx.x; bin < plan.num_bins; bin += kDispatchThreads) {
     int count = 0;
-    for (int warp = 0; warp < kDispatchWarps; ++warp) count += notify.hist[warp * plan.num_bins + bin];
+    for (int w = 0; w < kRouteWarps; ++w) count += notify.hist[w * plan.num_bins + bin];
     put(bin, count);
   }
 }
@@ -106,19 +139,25 @@ __device__ inline int ScanGroups(const int32_t* total, int32_t* first, int n, in
   return end;
 }
 
-// From everybody's counts: totals, and in a send block the next row of each (warp, bin). Block 0 writes the result
-// `counts`.
+// From everybody's counts: totals, and in a send block the next row of each (warp, bin). The last block writes the
+// result `counts`, for which alone layout "rank" needs the experts.
 __device__ inline void PlaceExperts(const DispatchPlan& plan, const Call& call, const NotifyShared& notify) {
   const DispatchParams& p = plan.params;
-  const bool sends = static_cast<int>(blockIdx.x) < plan.num_send_blocks;
+  const bool sends = static_cast<int>(blockIdx.x) < plan.num_send_blocks, is_last = blockIdx.x == gridDim.x - 1;
   const int num_local = p.num_experts / call.num_ranks, warp = threadIdx.x / 32;
-  for (int bin = threadIdx.x; bin < plan.num_bins; bin += kDispatchThreads) {
+  const int first_bin = p.layout == Layout::kRank && !is_last ? p.num_experts : 0;
+  for (int bin = first_bin + static_cast<int>(threadIdx.x); bin < plan.num_bins; bin += kDispatchThreads) {
     int total = 0, before = 0;
     for (int source = 0; source < call.num_ranks; ++source) {
-      for (int block = 0; block < plan.num_send_blocks; ++block) {
-        const int count = call.window->counts[call.parity][source][block][bin];
-        total += count;
-        if (source < call.rank || (source == call.rank && block < static_cast<int>(blockIdx.x))) before += count;
+      int count[kMaxSendBlocks];  // all on their way at once
+#pragma unroll
+      for (int block = 0; block < kMaxSendBlocks; ++block) {
+        count[block] = block < plan.num_send_blocks ? __ldcg(&call.window->counts[call.parity][source][block][bin]) : 0;
+      }
+#pragma unroll
+      for (int block = 0; block < kMaxSendBlocks; ++block) {
+        total += count[block];
+        if (source < call.rank || (source == call.rank && block < static_cast<int>(blockIdx.x))) before += count[block];
       }
     }
     notify.total[bin] = total;
@@ -144,7 +183,7 @@ __device__ inline void PlaceExperts(const DispatchPlan& plan, const Call& call, 
     }
   }
   __syncthreads();
-  if (blockIdx.x == 0) {
+  if (is_last) {
     for (int e = threadIdx.x; e < num_local; e += kDispatchThreads)
       p.counts[e] = notify.total[call.rank * num_local + e];
     if (threadIdx.x == 0) {
@@ -152,9 +191,9 @@ __device__ inline void PlaceExperts(const DispatchPlan& plan, const Call& call, 
     }
   }
   if (sends) {
-    for (int bin = threadIdx.x; bin < plan.num_bins; bin += kDispatchThreads) {
+    for (int bin = first_bin + static_cast<int>(threadIdx.x); bin < plan.num_bins; bin += kDispatchThreads) {
       int row = notify.before[bin] + (bin < p.num_experts ? first[bin] : 0);
-      for (int w = 0; w < kDispatchWarps; ++w) {
+      for (int w = 0; w < kRouteWarps; ++w) {
         int32_t* next = &notify.hist[w * plan.num_bins + bin];
         const int count = *next;
         *next = row;
@@ -165,26 +204,26 @@ __device__ inline void PlaceExperts(const DispatchPlan& plan, const Call& call, 
   __syncthreads();
 }
 
-// For WriteSlots where the ranks do not reach each other's results: nothing but slot is written.
-struct OutOfReach {};
+// Tells the senders of this block that all slots before `token` are written. Called by one whole routing warp.
+__device__ __forceinline__ void ReleaseSlots(const OutOfReach&, int, int) { __syncwarp(); }
+__device__ __forceinline__ void ReleaseSlots(DispatchShared& shared, int warp, int token) {
+  __syncwarp();
+  if (threadIdx.x % 32 == 0) StoreReleaseShared(&shared.slotted[warp], token);
+}
 
 // Layouts "expert" and "batched": slot, the peers' recv_slot and weights of this warp's tokens.
 template <class Shared>
 __device__ inline void WriteExpertSlots(const DispatchPlan& plan, const Call& call, const NotifyShared& notify,
-                                        const Shared& shared) {
+                                        Shared& shared, int warp) {
   const DispatchParams& p = plan.params;
   const int lane = threadIdx.x % 32, num_local = p.num_experts / call.num_ranks;
-  int32_t* next = notify.hist + threadIdx.x / 32 * plan.num_bins;
-  const TokenRange tokens = WarpTokens(plan);
+  int32_t* next = notify.hist + warp * plan.num_bins;
+  const Tokens tokens = shared.RoutedBy(warp);
   const int begin = tokens.begin * p.num_topk, end = tokens.end * p.num_topk;
   [[maybe_unused]] const int64_t mine = static_cast<int64_t>(call.rank) * p.num_tokens * p.num_topk;
-  const auto load = [&](int i) { return i < end ? p.topk_idx[i] : -1; };
-  int next_expert = load(begin + lane);
   for (int base = begin; base < end; base += 32) {
     const int i = base + lane;
-    int expert = next_expert;
-    next_expert = load(i + 32);  // on its way while these are placed
-    if (expert >= p.num_experts || expert < 0) expert = -1;
+    const int expert = i < end ? notify.Expert(i) : -1;
     const uint32_t same = __match_any_sync(~0u, expert);
     const int position = __popc(same & ((1u << lane) - 1));
     int row = expert >= 0 ? next[expert] + position : 0;
@@ -194,36 +233,37 @@ __device__ inline void WriteExpertSlots(const DispatchPlan& plan, const Call& ca
     const int rank = expert >= 0 ? expert / num_local : -1;
     const int limit = p.layout == Layout::kBatched ? (expert % num_local + 1) * p.expert_capacity : p.max_recv_tokens;
     if (expert < 0 || row >= limit) row = -1;
-    if (i >= end) continue;
-    p.slot[i] = row >= 0 ? rank * p.max_recv_tokens + row : -1;
-    if constexpr (std::is_same_v<Shared, DispatchShared>) {
-      for (int n = 0; n < call.num_ranks; ++n) {
-        const int peer = (call.rank + 1 + n) % call.num_ranks;
-        reinterpret_cast<int32_t*>(shared.address[peer][kRecvSlot])[mine + i] = peer == rank ? row : -1;
-      }
-      if (row >= 0 && p.topk_weights != nullptr) {
-        reinterpret_cast<float*>(shared.address[rank][kRecvWeights])[row] = p.topk_weights[i];
+    if (i < end) {
+      p.slot[i] = row >= 0 ? rank * p.max_recv_tokens + row : -1;
+      if constexpr (std::is_same_v<Shared, DispatchShared>) {
+        for (int n = 0; n < call.num_ranks; ++n) {
+          const int peer = (call.rank + 1 + n) % call.num_ranks;
+          reinterpret_cast<int32_t*>(shared.address[peer][kRecvSlot])[mine + i] = peer == rank ? row : -1;
+        }
+        if (row >= 0 && p.topk_weights != nullptr)
+          reinterpret_cast<float*>(shared.address[rank][kRecvWeights])[row] = notify.Weight(i);
       }
     }
+    ReleaseSlots(shared, warp, min((base + 32) / p.num_topk, tokens.end));
   }
 }
 
 // Layout "rank": one row a (token, rank), named by all its choices there; they and their gates go along.
 template <class Shared>
 __device__ inline void WriteRankSlots(const DispatchPlan& plan, const Call& call, const NotifyShared& notify,
-                                      const Shared& shared) {
+                                      Shared& shared, int warp) {
   const DispatchParams& p = plan.params;
   const int lane = threadIdx.x % 32, num_local = p.num_experts / call.num_ranks, num_topk = p.num_topk;
-  int32_t* next = notify.hist + threadIdx.x / 32 * plan.num_bins + p.num_experts;
-  int32_t* token_row = notify.token_row + threadIdx.x / 32 * 32 * call.num_ranks;
-  const TokenRange tokens = WarpTokens(plan);
+  int32_t* next = notify.hist + warp * plan.num_bins + p.num_experts;
+  int32_t* token_row = notify.token_row + warp * 32 * call.num_ranks;
+  const Tokens tokens = shared.RoutedBy(warp);
   [[maybe_unused]] const int64_t mine = static_cast<int64_t>(call.rank) * p.num_tokens * num_topk;
   for (int base = tokens.begin; base < tokens.end; base += 32) {
     const int token = base + lane;
     uint32_t ranks = 0;
     for (int k = 0; k < num_topk && token < tokens.end; ++k) {
-      const int expert = p.topk_idx[token * num_topk + k];
-      if (expert >= 0 && expert < p.num_experts) ranks |= 1u << (expert / num_local);
+      const int expert = notify.Expert(token * num_topk + k);
+      if (expert >= 0) ranks |= 1u << (expert / num_local);
     }
     for (int rank = 0; rank < call.num_ranks; ++rank) {
       const uint32_t members = __ballot_sync(~0u, ranks >> rank & 1);
@@ -236,14 +276,15 @@ __device__ inline void WriteRankSlots(const DispatchPlan& plan, const Call& call
     // Now a lane a choice, so that a row's choices leave in one store.
     const int num_choices = (min(base + 32, tokens.end) - base) * num_topk;
     for (int j = lane; j < num_choices; j += 32) {
-      [[maybe_unused]] const int i = base * num_topk + j, k = j % num_topk;
-      const int expert = p.topk_idx[i];
-      const int rank = expert >= 0 && expert < p.num_experts ? expert / num_local : -1;
-      const int32_t* rows = token_row + j / num_topk * call.num_ranks;
+      const int i = base * num_topk + j, of = j / num_topk;
+      [[maybe_unused]] const int k = j - of * num_topk;
+      const int expert = notify.Expert(i);
+      [[maybe_unused]] const float weight = p.topk_weights != nullptr ? notify.Weight(i) : 0.f;
+      const int rank = expert >= 0 ? expert / num_local : -1;
+      const int32_t* rows = token_row + of * call.num_ranks;
       const int row = rank >= 0 ? rows[rank] : -1;
       p.slot[i] = row >= 0 ? rank * p.max_recv_tokens + row : -1;
       if constexpr (std::is_same_v<Shared, DispatchShared>) {
-        const float weight = p.topk_weights != nullptr ? p.topk_weights[i] : 0.f;
         for (int n = 0; n < call.num_ranks; ++n) {
           const int peer = (call.rank + 1 + n) % call.num_ranks;
           reinterpret_cast<int32_t*>(shared.address[peer][kRecvSlot])[mine + i] = peer == rank ? row : -1;
@@ -257,7 +298,7 @@ __device__ inline void WriteRankSlots(const DispatchPlan& plan, const Call& call
         }
       }
     }
-    __syncwarp();
+    ReleaseSlots(shared, warp, min(base + 32, tokens.end));
   }
 }
 

@@ -8,10 +8,13 @@ namespace jax_ep {
 
 constexpr int kDispatchWarps = 8;
 constexpr int kDispatchThreads = 32 * kDispatchWarps;
-constexpr int kSendWarps = 2;      // warps 0, 1 of a send block
-constexpr int kPublishWarp = 2;    // of a send block
-constexpr int kFirstCopyWarp = 3;  // of a send block; in the other blocks every warp copies
+constexpr int kSendWarps = 2;                             // warps 0, 1 of a send block
+constexpr int kPublishWarp = 2;                           // of a send block
+constexpr int kFirstCopyWarp = 3;                         // of a send block; in the other blocks every warp copies
+constexpr int kRouteWarps = kDispatchWarps - kSendWarps;  // those that do not send count and write slots first
 constexpr int kMaxSendStages = 16, kMaxCopyStages = 8;
+constexpr int kChunkRing = 32;  // chunks a sender may have taken and not yet published
+constexpr int kLeastChunk = 4;  // tokens
 
 // A row is moved in pieces of at most `bytes`, each through one stage of shared memory. The first piece takes the row
 // of the second array along, behind its own bytes, if that is a multiple of 16 bytes and short; else `second_bytes` is
@@ -24,21 +27,43 @@ struct Pieces {
   }
 };
 
+struct Tokens {
+  int begin, end;
+};
+
+// A routing warp's part of a block's tokens: in order, so a warp's rows of one expert come after those of the warps
+// before it.
+__device__ __forceinline__ Tokens PartOf(int begin, int end, int warp) {
+  return {begin + (end - begin) * warp / kRouteWarps, begin + (end - begin) * (warp + 1) / kRouteWarps};
+}
+
+// Sending lane s, a sending warp, begins with tokens [TokenBegin(s), TokenBegin(s + 1)), chunk after chunk, then helps
+// others with theirs. A chunk is a lane's next chunk_tokens tokens, the last one shorter.
 struct DispatchPlan {
   DispatchParams params;
-  int num_send_blocks, num_copy_warps, num_bins;
+  int num_send_blocks, num_bins;
+  int chunk_tokens, chunks_per_lane;
+  int staged_choices;  // of a block, in shared memory
   Pieces send, copy;
   int zero_bytes;                       // of shared memory that stay zero
   int zero_rows_offset, stages_offset;  // into dynamic shared memory
 
   __host__ __device__ int num_lanes() const { return num_send_blocks * kSendWarps; }
-  // Sending lane s holds tokens [TokenBegin(s), TokenBegin(s + 1)).
-  __host__ __device__ int TokenBegin(int s) const {
-    return static_cast<int>(static_cast<int64_t>(s) * params.num_tokens / num_lanes());
+  __host__ __device__ int TokenBegin(int lane) const {
+    return static_cast<int>(static_cast<int64_t>(lane) * params.num_tokens / num_lanes());
   }
+  // Are there rows that are copied on to further experts of the same rank?
+  __device__ bool copies_on() const { return params.layout != Layout::kRank && params.num_topk > 1; }
 };
 
 enum Address { kRecvRows, kRecvRows1, kRecvWeights, kRecvSlot, kRecvTopkIdx };
+
+// A chunk that a sender has taken.
+struct Chunk {
+  int number;
+  Tokens tokens;
+  uint32_t end;  // of the pieces that this sender sends
+};
 
 // Static shared memory of a block.
 struct DispatchShared {
@@ -47,7 +72,25 @@ struct DispatchShared {
   uint64_t copy_full[kDispatchWarps][kMaxCopyStages];
   int32_t copy_row[kDispatchWarps][kMaxCopyStages][32];
   int copy_piece[kDispatchWarps][kMaxCopyStages];
-  uint32_t sent[kSendWarps];  // 1 + tokens of that lane which have arrived; kDone; kGone
+  int lane_begin[kSendWarps * kMaxSendBlocks + 1];  // TokenBegin: to divide takes long
+  uint32_t slotted[kRouteWarps];        // the token before which that warp has written all slots of its part
+  Chunk chunk[kSendWarps][kChunkRing];  // what a sender has taken, in its order
+  uint32_t sent[kSendWarps];            // how many of them have arrived; kSenderDone and kSenderGone besides
+  uint32_t published[kSendWarps];       // how many of them the peers know of
+
+  __device__ int NumChunks(const DispatchPlan& plan, int lane) const {
+    return (lane_begin[lane + 1] - lane_begin[lane] + plan.chunk_tokens - 1) / plan.chunk_tokens;
+  }
+  __device__ Tokens ChunkTokens(const DispatchPlan& plan, int lane, int number) const {
+    const int begin = lane_begin[lane] + number * plan.chunk_tokens;
+    return {begin, min(begin + plan.chunk_tokens, lane_begin[lane + 1])};
+  }
+  // The tokens whose slots a routing warp of this block writes.
+  __device__ Tokens RoutedBy(int warp) const {
+    return PartOf(lane_begin[kSendWarps * blockIdx.x], lane_begin[kSendWarps * (blockIdx.x + 1)], warp);
+  }
 };
+
+constexpr uint32_t kSenderDone = 1u << 31, kSenderGone = 1u << 30;
 
 }  // namespace jax_ep

@@ -1,8 +1,8 @@
 // The sending warps and the publisher of a dispatch: rows out of this rank, once to every rank that wants them.
 //
-//   warp            waits for               signals
-//   sender (0, 1)   its stage's bulk load   shared.sent, when stores are complete
-//   publisher (2)   shared.sent             progress in every rank's window
+//   warp            waits for                                        signals
+//   sender (0, 1)   shared.slotted, its stage's bulk load            shared.sent, when a chunk's stores are complete
+//   publisher (2)   shared.sent                                      arrived, progress in every rank's window
 #pragma once
 
 #include "device/warp.cuh"
@@ -42,99 +42,235 @@ __device__ __forceinline__ void CopySmallRow(char* target, const char* source, i
   }
 }
 
-// Lane k serves choice k: the first choice on a rank sends the row there; own rows are the copiers' work.
-// Few rows in flight: more would clog the receivers' links.
-__device__ inline void SendRows(const DispatchPlan& plan, const Call& call, DispatchShared& shared, char* stages) {
-  constexpr int kReportEvery = 4, kUnreported = 12;  // pieces; a store over the link takes several µs to complete
-  const DispatchParams& p = plan.params;
-  const Pieces& pieces = plan.send;
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  const int sending_lane = kSendWarps * blockIdx.x + warp;
-  const int begin = plan.TokenBegin(sending_lane), end = plan.TokenBegin(sending_lane + 1);
-  const RowArray& rows = p.rows[0];
-  const bool second_apart = p.num_row_arrays > 1 && pieces.second_bytes == 0;
-  char* stage = stages + warp * pieces.stages * pieces.stride;
-  uint64_t* full = shared.send_full[warp];
+// A sending warp. Lane k serves choice k: the first choice on a rank sends the row there; own rows are the copiers'
+// work. Few rows in flight: more would clog the receivers' links.
+class Sender {
+ public:
+  __device__ Sender(const DispatchPlan& plan, const Call& call, DispatchShared& shared, char* stages)
+      : plan_(plan),
+        call_(call),
+        shared_(shared),
+        warp_(threadIdx.x / 32),
+        lane_(threadIdx.x % 32),
+        own_(kSendWarps * static_cast<int>(blockIdx.x) + warp_),
+        stage_(stages + warp_ * plan.send.stages * plan.send.stride),
+        slotted_(plan.params.operation == kDispatchCached ? plan.params.num_tokens : 0) {}
 
-  int load_token = begin, load_piece = 0, load_stage = 0;
-  const auto load = [&] {
-    if (load_token >= end) return;
-    if (lane == 0) {
-      LoadPiece(pieces, rows.x, rows.row_bytes, p.rows[1].x, load_token, load_piece, stage + load_stage * pieces.stride,
-                &full[load_stage]);
-    }
-    if (++load_stage == pieces.stages) load_stage = 0;
-    if (++load_piece == pieces.per_row) load_piece = 0, ++load_token;
-  };
-  for (int i = 0; i + 1 < pieces.stages; ++i) load();
+  // Sets own rows on their way into shared memory, before the ranks have met: that needs no peer.
+  __device__ void Begin() {
+    next_own_ = TakeOwn();
+    while (loads_ + 1 < plan_.send.stages && Load()) continue;
+  }
 
-  const auto load_slot = [&](int token) {
-    return lane < p.num_topk && token < end ? p.slot[static_cast<int64_t>(token) * p.num_topk + lane] : -1;
-  };
-  int now = 0;
-  uint32_t parity = 0, stored = 0;
-  int next_slot = load_slot(begin);
-  for (int token = begin; token < end; ++token) {
-    const int slot = next_slot;
-    next_slot = load_slot(token + 1);
-    const int rank = slot >= 0 ? slot / p.max_recv_tokens : -1, row = slot - rank * p.max_recv_tokens;
-    const uint32_t same = __match_any_sync(~0u, rank);
-    const bool sends = rank >= 0 && rank != call.rank && (same & ((1u << lane) - 1)) == 0;
-    char* const target = sends ? reinterpret_cast<char*>(shared.address[rank][kRecvRows]) : nullptr;
-    char* const second = sends ? reinterpret_cast<char*>(shared.address[rank][kRecvRows1]) : nullptr;
-    if (second_apart) {
-      for (uint32_t rest = __ballot_sync(~0u, sends); rest != 0; rest &= rest - 1) {
-        const int holder = __ffs(rest) - 1;
-        char* place = second + row * p.rows[1].row_bytes;
-        place = reinterpret_cast<char*>(__shfl_sync(~0u, reinterpret_cast<uint64_t>(place), holder));
-        CopySmallRow(place, p.rows[1].x + token * p.rows[1].row_bytes, p.rows[1].row_bytes);
+  // Sends what Begin has loaded, and chunks until none are left.
+  __device__ void Run() {
+    constexpr int kReportEvery = 4, kUnreported = 12;  // pieces; a store over the link takes several µs to complete
+    const DispatchParams& p = plan_.params;
+    const Pieces& pieces = plan_.send;
+    const RowArray& rows = p.rows[0];
+    const bool second_apart = p.num_row_arrays > 1 && pieces.second_bytes == 0;
+    int now = 0;
+    uint32_t parity = 0, stored = 0, reported = 0;
+    may_help_ = true;
+    while (loads_ + 1 < pieces.stages && Load()) continue;
+    // A token's slots are loaded while the one before is sent.
+    int next_slot = -1, next_token = -1;
+    const auto load_slot = [&](int token) {
+      AwaitSlot(token);
+      next_token = token;
+      next_slot = lane_ < p.num_topk ? __ldcg(p.slot + static_cast<int64_t>(token) * p.num_topk + lane_) : -1;
+    };
+    for (uint32_t i = 0; i < taken_; ++i) {  // taken_ grows meanwhile
+      const Tokens tokens = shared_.chunk[warp_][i % kChunkRing].tokens;
+      for (int token = tokens.begin; token < tokens.end; ++token) {
+        if (next_token != token) load_slot(token);
+        const int slot = next_slot;
+        if (token + 1 < tokens.end) {
+          load_slot(token + 1);
+        } else if (i + 1 < taken_) {
+          load_slot(shared_.chunk[warp_][(i + 1) % kChunkRing].tokens.begin);
+        }
+        const int rank = slot >= 0 ? slot / p.max_recv_tokens : -1, row = slot - rank * p.max_recv_tokens;
+        const uint32_t same = __match_any_sync(~0u, rank);
+        const bool sends = rank >= 0 && rank != call_.rank && (same & ((1u << lane_) - 1)) == 0;
+        char* const target = sends ? reinterpret_cast<char*>(shared_.address[rank][kRecvRows]) : nullptr;
+        char* const second = sends ? reinterpret_cast<char*>(shared_.address[rank][kRecvRows1]) : nullptr;
+        if (second_apart) SendSecond(token, sends, second, row);
+        for (int piece = 0; piece < pieces.per_row; ++piece) {
+          WaitMbarrier(&shared_.send_full[warp_][now], parity);
+          if (sends) StorePiece(pieces, target, rows.row_bytes, second, row, piece, stage_ + now * pieces.stride);
+          CommitBulkGroup();
+          if (++now == pieces.stages) now = 0, parity ^= 1;
+          WaitBulkRead<1>();  // the stage filled next is the one stored from before this one
+          __syncwarp();
+          Load();
+          if (++stored % kReportEvery == 0 && stored > kUnreported) {
+            WaitBulkDone<kUnreported>();
+            reported = Report(reported, stored - kUnreported);
+          }
+        }
       }
     }
-    for (int piece = 0; piece < pieces.per_row; ++piece) {
-      WaitMbarrier(&full[now], parity);
-      if (sends) StorePiece(pieces, target, rows.row_bytes, second, row, piece, stage + now * pieces.stride);
-      CommitBulkGroup();
-      if (++now == pieces.stages) now = 0, parity ^= 1;
-      WaitBulkRead<1>();  // the stage filled next is the one stored from before this one
-      __syncwarp();
-      load();
-      if (++stored % kReportEvery == 0 && stored > kUnreported) {
-        WaitBulkDone<kUnreported>();
-        __syncwarp();
-        if (lane == 0) StoreReleaseShared(&shared.sent[warp], 1 + (stored - kUnreported) / pieces.per_row);
+    WaitBulkDone<0>();
+    __syncwarp();
+    if (lane_ == 0) StoreReleaseShared(&shared_.sent[warp_], taken_ | kSenderDone);
+  }
+
+  // Instead of Run, if the ranks did not meet: nothing may land in shared memory after the block has gone.
+  __device__ void Abandon() {
+    for (int i = 0; i < loads_; ++i) WaitMbarrier(&shared_.send_full[warp_][i], 0);
+    if (lane_ == 0) StoreReleaseShared(&shared_.sent[warp_], kSenderDone | kSenderGone);
+  }
+
+ private:
+  __device__ __forceinline__ uint32_t TakeOwn() {
+    return lane_ == 0 ? atomicAdd(&call_.window->taken_chunks[own_], 1u) : 0;
+  }
+
+  // The next chunk: of this lane's own while there are any, then of the lane that has most left. False: there is none.
+  __device__ bool Take() {
+    if (none_left_) return false;
+    int from = -1, number = 0;
+    if (!helps_) {
+      number = __shfl_sync(~0u, next_own_, 0);
+      helps_ = number >= shared_.NumChunks(plan_, own_);
+      if (!helps_) {
+        from = own_;
+        next_own_ = TakeOwn();  // its answer is wanted a chunk later
       }
+    }
+    while (from < 0 && may_help_) {
+      int left = 0;
+      if (lane_ < plan_.num_lanes()) {
+        const unsigned int taken = *const_cast<volatile unsigned int*>(&call_.window->taken_chunks[lane_]);
+        left = shared_.NumChunks(plan_, lane_) - static_cast<int>(taken);
+      }
+      const int most = __reduce_max_sync(~0u, left);
+      if (most <= 0) break;
+      const int other = __ffs(__ballot_sync(~0u, left == most)) - 1;
+      number = lane_ == 0 ? atomicAdd(&call_.window->taken_chunks[other], 1u) : 0;
+      number = __shfl_sync(~0u, number, 0);
+      if (number >= shared_.NumChunks(plan_, other)) continue;
+      bool slotted = true;
+      if (plan_.params.operation != kDispatchCached && lane_ == 0) {
+        const int block = other / kSendWarps;
+        slotted = Await(call_, &call_.window->progress[call_.rank][block], kPosted, kRows, call_.rank, block);
+      }
+      if (!__shfl_sync(~0u, slotted, 0)) break;
+      from = other;
+    }
+    if (from < 0) {
+      none_left_ = may_help_;
+      return false;
+    }
+    while (LoadAcquireShared(&shared_.published[warp_]) + kChunkRing <= taken_) __nanosleep(100);
+    const Tokens tokens = shared_.ChunkTokens(plan_, from, number);
+    pieces_taken_ += (tokens.end - tokens.begin) * plan_.send.per_row;
+    if (lane_ == 0) {
+      shared_.chunk[warp_][taken_ % kChunkRing] = {from * plan_.chunks_per_lane + number, tokens, pieces_taken_};
+    }
+    __syncwarp();
+    ++taken_;
+    load_token_ = tokens.begin, load_end_ = tokens.end;
+    return true;
+  }
+
+  // Sets the next piece on its way, if there is one.
+  __device__ __forceinline__ bool Load() {
+    const DispatchParams& p = plan_.params;
+    const Pieces& pieces = plan_.send;
+    if (load_token_ == load_end_ && !Take()) return false;
+    if (lane_ == 0) {
+      LoadPiece(pieces, p.rows[0].x, p.rows[0].row_bytes, p.rows[1].x, load_token_, load_piece_,
+                stage_ + load_stage_ * pieces.stride, &shared_.send_full[warp_][load_stage_]);
+    }
+    ++loads_;
+    if (++load_stage_ == pieces.stages) load_stage_ = 0;
+    if (++load_piece_ == pieces.per_row) load_piece_ = 0, ++load_token_;
+    return true;
+  }
+
+  // Waits until the slots of `token`, of this block's tokens, are written. Those of others are: Take has waited.
+  __device__ __forceinline__ void AwaitSlot(int token) {
+    if (token < slotted_) return;
+    if (token < shared_.lane_begin[own_] || token >= shared_.lane_begin[own_ + 1]) return;
+    for (int warp = 0; warp < kRouteWarps; ++warp) {
+      const Tokens routed = shared_.RoutedBy(warp);
+      if (token < routed.begin || token >= routed.end) continue;
+      // Lane 0 decides for all, lest some go on and others wait.
+      while ((slotted_ = __shfl_sync(~0u, LoadAcquireShared(&shared_.slotted[warp]), 0)) <= token) __nanosleep(20);
+    }
+    __syncwarp();
+  }
+
+  __device__ void SendSecond(int token, bool sends, char* second, int row) {
+    const RowArray& rows = plan_.params.rows[1];
+    for (uint32_t rest = __ballot_sync(~0u, sends); rest != 0; rest &= rest - 1) {
+      char* place = second + row * rows.row_bytes;
+      place = reinterpret_cast<char*>(__shfl_sync(~0u, reinterpret_cast<uint64_t>(place), __ffs(rest) - 1));
+      CopySmallRow(place, rows.x + token * rows.row_bytes, rows.row_bytes);
     }
   }
-  WaitBulkDone<0>();
-  __syncwarp();
-  if (lane == 0) StoreReleaseShared(&shared.sent[warp], kDone);
-}
 
-// Carries shared.sent into the windows of all ranks until both senders are done, then leaves both lanes.
-__device__ inline void Publish(const DispatchPlan& plan, const Call& call, DispatchShared& shared) {
+  // Tells which of the chunks taken have arrived with the first `complete` pieces; returns how many.
+  __device__ __forceinline__ uint32_t Report(uint32_t reported, uint32_t complete) {
+    const uint32_t before = reported;
+    while (reported < taken_ && shared_.chunk[warp_][reported % kChunkRing].end <= complete) ++reported;
+    __syncwarp();
+    if (reported > before && lane_ == 0) StoreReleaseShared(&shared_.sent[warp_], reported);
+    return reported;
+  }
+
+  const DispatchPlan& plan_;
+  const Call& call_;
+  DispatchShared& shared_;
+  const int warp_, lane_, own_;
+  char* const stage_;
+  bool helps_ = false, may_help_ = false, none_left_ = false;
+  uint32_t next_own_ = 0;  // of lane 0: the own chunk taken ahead
+  uint32_t taken_ = 0, pieces_taken_ = 0;
+  int load_token_ = 0, load_end_ = 0, load_piece_ = 0, load_stage_ = 0, loads_ = 0;
+  int slotted_;  // the slots of own tokens before this one are written
+};
+
+// Tells the peers what of this block has arrived, until both senders are done, then leaves its lane.
+__device__ inline void Publish(const DispatchPlan& plan, const Call& call, DispatchShared& shared, bool met) {
   const int peer = threadIdx.x % 32;
-  uint32_t published[kSendWarps] = {};
-  while (published[0] < kDone || published[1] < kDone) {
-    uint32_t sent[kSendWarps];
+  uint64_t* const progress = peer < call.num_ranks ? &call.Peer(peer)->progress[call.rank][blockIdx.x] : nullptr;
+  if (met && progress != nullptr) {
+    FenceSys();  // the slots of this block, gates and choices before the flag
+    StoreRelaxedSys(progress, call.Tag(kPosted));
+  }
+  uint32_t published[kSendWarps] = {}, sent[kSendWarps] = {};
+  while (((sent[0] & sent[1]) & kSenderDone) == 0) {
     bool news = false;
     for (int warp = 0; warp < kSendWarps; ++warp) {
       sent[warp] = __shfl_sync(~0u, LoadAcquireShared(&shared.sent[warp]), 0);
-      news |= sent[warp] > published[warp];
+      news |= (sent[warp] & ~(kSenderDone | kSenderGone)) > published[warp];
     }
     if (!news) {
       __nanosleep(100);
       continue;
     }
     __syncwarp();
-    FenceSys();  // what the senders stored before counting is before the flags
+    if (plan.copies_on()) FenceSys();  // what the senders stored before counting is before the flags
     for (int warp = 0; warp < kSendWarps; ++warp) {
-      if (sent[warp] > published[warp] && peer < call.num_ranks) {
-        StoreRelaxedSys(&call.Peer(peer)->progress[call.rank][kSendWarps * blockIdx.x + warp], call.Tag(sent[warp]));
+      const uint32_t count = sent[warp] & ~(kSenderDone | kSenderGone);
+      for (; published[warp] < count; ++published[warp]) {
+        const int chunk = shared.chunk[warp][published[warp] % kChunkRing].number;
+        if (plan.copies_on() && peer < call.num_ranks)
+          StoreRelaxedSys(&call.Peer(peer)->arrived[call.rank][chunk], call.Tag(kDone));
       }
-      published[warp] = sent[warp];
+      __syncwarp();
+      if (peer == 0) StoreReleaseShared(&shared.published[warp], count);
     }
   }
-  for (int warp = 0; warp < kSendWarps; ++warp) Leave(call, blockIdx.x, kSendWarps * blockIdx.x + warp);
+  if (progress != nullptr) {
+    FenceSys();
+    StoreRelaxedSys(progress, call.Tag(((sent[0] | sent[1]) & kSenderGone) != 0 ? kGone : kDone));
+  }
+  __syncwarp();
+  Leave(call, blockIdx.x, blockIdx.x);
 }
 
 }  // namespace jax_ep

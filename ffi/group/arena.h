@@ -11,7 +11,7 @@
 
 namespace jax_ep {
 
-constexpr int kDepth = 4;        // calls of an arena that may be in flight
+constexpr int kDepth = 4;        // calls of an arena that may be in flight: at most, see ArenaView
 constexpr int kLineBytes = 128;  // a line: 15 units of 8 bytes, and the epoch of its call
 constexpr int kLineMain = 112;   // bytes that seven lanes carry, 16 each; the eighth carries 8 and the epoch
 constexpr int kLinePayload = 120;
@@ -53,6 +53,7 @@ inline LineCounts CountLines(bool has_table, int64_t num_tokens, int64_t num_top
 struct ArenaView {
   const GroupView* group;
   int rank, num_ranks;
+  int depth;  // calls that may be in flight, each with a window of its own
   int64_t window_bytes;
   char* arena[kMaxRanks];
 };

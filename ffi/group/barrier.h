@@ -7,7 +7,7 @@
 
 namespace jax_ep {
 
-constexpr int kMaxLedgers = 32;
+constexpr int kMaxLedgers = 256;
 
 // All the memory of a rank through which calls go.
 struct Ledgers {

@@ -3,24 +3,56 @@
 #include <cuda_runtime_api.h>
 
 #include <algorithm>
+#include <atomic>
+#include <deque>
 #include <stdexcept>
 
 #include "combine/combine.h"
 #include "dispatch/dispatch.h"
 #include "group/barrier.h"
+#include "group/landing.h"
 #include "group/shared_memory.h"
+#include "halves/halves.h"
 #include "low_latency/low_latency.h"
 
 namespace jax_ep {
 namespace {
 
+// An execution of a program. All its devices of this process share its id.
+struct Run {
+  uint64_t number;                                   // in the order in which this process meets them
+  std::map<std::vector<int>, std::string> failures;  // of groups, by their devices: what had failed before it
+};
+
 struct Registry {
+  static constexpr size_t kRunsInFlight = 1024;  // more than hosts run ahead of their devices
+
   std::mutex mutex;
   std::vector<std::unique_ptr<Group>> groups;
   std::map<std::vector<int>, Group*> by_devices;
   std::map<int, int> ordinal_by_device;
   uint64_t spanning_generation = 0;
   uint64_t timeout_ns = 60'000'000'000;  // until jax_ep.config says another
+  std::map<int64_t, Run> runs;           // by id: the last ones
+  std::deque<int64_t> run_ids;           // the same, the oldest first
+  std::atomic<uint64_t> num_runs{0};     // read without the mutex too
+
+  // Called with the mutex held.
+  Run& Meet(int64_t id) {
+    const auto known = runs.find(id);
+    if (known != runs.end()) return known->second;
+    if (run_ids.size() >= kRunsInFlight) {
+      runs.erase(run_ids.front());
+      run_ids.pop_front();
+    }
+    run_ids.push_back(id);
+    return runs[id] = Run{++num_runs, {}};
+  }
+
+  uint64_t NumberOf(int64_t run) {
+    std::lock_guard<std::mutex> lock(mutex);
+    return Meet(run).number;
+  }
 
   int OrdinalOf(int device) const {
     const auto found = ordinal_by_device.find(device);
@@ -57,7 +89,8 @@ const char* const kPhases[] = {"meet (the peer's post)",
                                "refused",
                                "reuse (the peer's end of an earlier call; is each start followed by its done?)",
                                "lines (what the peer sends)",
-                               "in flight"};
+                               "in flight",
+                               "stage (this rank's own rows)"};
 
 std::string InWords(const Status& status, const std::string& who, const std::string& whom, uint64_t timeout_ns) {
   const uint64_t seen = status.seen, epoch = status.epoch;
@@ -114,12 +147,22 @@ Group::Group(const std::vector<Place>& places) : ranks_(places.size()) {
                                          cudaHostAllocMapped | cudaHostAllocPortable));
     *rank.status = Status{};
     Check("cudaStreamCreate", cudaStreamCreateWithFlags(&rank.aside, cudaStreamNonBlocking));
+    for (cudaEvent_t* event : {&rank.before, &rank.beside}) {
+      Check("cudaEventCreate", cudaEventCreateWithFlags(event, cudaEventDisableTiming));
+    }
+    int least = 0, greatest = 0;
+    Check("cudaDeviceGetStreamPriorityRange", cudaDeviceGetStreamPriorityRange(&least, &greatest));
+    Check("cudaStreamCreate", cudaStreamCreateWithPriority(&rank.push, cudaStreamNonBlocking, greatest));
+    Check("cudaEventCreate", cudaEventCreateWithFlags(&rank.forked, cudaEventDisableTiming));
     // A kernel first loaded while a peer's kernel waits for it would never run.
     Check("loading dispatch", LoadDispatch());
     Check("loading combine", LoadCombine());
     Check("loading barrier", LoadBarrier());
     Check("loading low-latency dispatch", LoadLowLatencyDispatch());
     Check("loading low-latency combine", LoadLowLatencyCombine());
+    Check("loading the halves of dispatch", LoadDispatchHalves());
+    Check("loading the halves of combine", LoadCombineHalves());
+    Check("loading push", LoadPush());
   }
   for (size_t i = 0; i < ranks_.size(); ++i) {
     if (!is_local(ranks_[i])) continue;
@@ -237,64 +280,114 @@ void Group::SetViewTimeout(uint64_t timeout_ns) {
   }
 }
 
+Group::SharedArena* Group::FindSharedArena(Purpose purpose, int64_t bytes) {
+  std::lock_guard<std::mutex> lock(mutex_);
+  for (const auto& arena : arenas_) {
+    if (arena->purpose == purpose && arena->bytes == bytes) return arena.get();
+  }
+  return nullptr;
+}
+
+void Group::MakeSharedArena(Purpose purpose, int64_t bytes, const std::vector<uint64_t>& at) {
+  if (FindSharedArena(purpose, bytes) != nullptr) return;
+  if (at.size() != (spans_processes_ ? ranks_.size() : 0)) {
+    throw std::runtime_error(
+        "jax_ep: this program was not lowered in this process, and no memory is shared for it with the processes of "
+        "its group. Compile it again with jax.jit");
+  }
+  std::lock_guard<std::mutex> making(making_);
+  if (FindSharedArena(purpose, bytes) != nullptr) return;
+  auto arena = std::make_unique<SharedArena>(SharedArena{purpose, bytes, {}, std::vector<uint64_t>(ranks_.size())});
+  DeviceGuard guard;
+  for (size_t i = 0; i < ranks_.size(); ++i) {
+    char* memory = nullptr;
+    if (spans_processes_) {
+      memory = static_cast<char*>(ToPointer(at[i]));
+    } else {
+      Check("cudaSetDevice", cudaSetDevice(ranks_[i].place.device));
+      if (const cudaError_t error = cudaMalloc(reinterpret_cast<void**>(&memory), bytes); error != cudaSuccess) {
+        for (char* others : arena->of_rank) cudaFree(others);  // addresses name their devices
+        Check("cudaMalloc", error);
+      }
+      Check("cudaMemset", cudaMemsetAsync(memory, 0, bytes, ranks_[i].aside));
+      Check("cudaStreamSynchronize", cudaStreamSynchronize(ranks_[i].aside));
+    }
+    arena->of_rank.push_back(memory);
+  }
+  std::lock_guard<std::mutex> lock(mutex_);  // a rank begins a generation before its arena is there, or with it
+  if (arenas_.size() + 1 >= kMaxLedgers) throw std::runtime_error("jax_ep: too many sizes of calls through arenas");
+  for (size_t i = 0; i < ranks_.size(); ++i) {
+    const Rank& rank = ranks_[i];
+    if (!is_local(rank)) continue;
+    Check("cudaSetDevice", cudaSetDevice(rank.place.device));
+    const uint64_t epoch = rank.generation << kCountBits;
+    auto* ledger = reinterpret_cast<Ledger*>(arena->of_rank[i]);
+    Check("cudaMemcpy", cudaMemcpyAsync(&ledger->epoch, &epoch, sizeof epoch, cudaMemcpyHostToDevice, rank.aside));
+    Check("cudaStreamSynchronize", cudaStreamSynchronize(rank.aside));
+  }
+  arenas_.push_back(std::move(arena));
+}
+
+const std::vector<char*>& Group::shared_arena(Purpose purpose, int64_t bytes) {
+  const SharedArena* const arena = FindSharedArena(purpose, bytes);
+  if (arena == nullptr) throw std::runtime_error("jax_ep: this size of calls has no shared arena");
+  return arena->of_rank;
+}
+
 namespace {
 
 // Sizes are powers of two, so that all arenas together take less than twice the largest's bytes.
-int64_t SizeClass(int64_t window_bytes) {
+int64_t WindowClass(int64_t window_bytes) {
   int64_t size = 1 << 16;
   while (size < window_bytes) size *= 2;
   return size;
 }
 
+// Landings are large: at most an eighth is wasted so that calls of nearly one size share them.
+int64_t LandingClass(int64_t window_bytes) {
+  int64_t step = 1 << 18;
+  while (step * 16 <= window_bytes) step *= 2;
+  return RoundUpTo(window_bytes, step);
+}
+
 }  // namespace
 
-const Group::Arenas* Group::FindArenas(int64_t window_bytes) {
-  std::lock_guard<std::mutex> lock(mutex_);
-  for (const auto& arenas : arenas_) {
-    if (arenas->window_bytes == SizeClass(window_bytes)) return arenas.get();
-  }
-  return nullptr;
+int64_t Group::LowLatencyArenaBytes(int64_t window_bytes) {
+  return kArenaHeaderBytes + kDepth * WindowClass(window_bytes);
 }
 
-void Group::MakeArenas(int64_t window_bytes) {
-  if (spans_processes_) throw std::runtime_error("jax_ep: low-latency calls are not served across processes");
-  if (FindArenas(window_bytes) != nullptr) return;
-  std::lock_guard<std::mutex> making(making_);
-  if (FindArenas(window_bytes) != nullptr) return;
-  auto arenas = std::make_unique<Arenas>();
-  arenas->window_bytes = SizeClass(window_bytes);
-  const int64_t bytes = kArenaHeaderBytes + kDepth * arenas->window_bytes;
-  DeviceGuard guard;
-  for (const Rank& rank : ranks_) {
-    char* arena = nullptr;
-    Check("cudaSetDevice", cudaSetDevice(rank.place.device));
-    Check("cudaMalloc", cudaMalloc(reinterpret_cast<void**>(&arena), bytes));
-    Check("cudaMemset", cudaMemsetAsync(arena, 0, bytes, rank.aside));
-    Check("cudaStreamSynchronize", cudaStreamSynchronize(rank.aside));
-    arenas->of_rank.push_back(arena);
-  }
-  std::lock_guard<std::mutex> lock(mutex_);  // a rank begins a generation before its arena is there, or with it
-  if (arenas_.size() + 1 >= kMaxLedgers) throw std::runtime_error("jax_ep: too many sizes of low-latency calls");
-  for (size_t i = 0; i < ranks_.size(); ++i) {
-    Check("cudaSetDevice", cudaSetDevice(ranks_[i].place.device));
-    const uint64_t epoch = ranks_[i].generation << kCountBits;
-    auto* ledger = static_cast<Ledger*>(reinterpret_cast<Arena*>(arenas->of_rank[i]));
-    Check("cudaMemcpy", cudaMemcpyAsync(&ledger->epoch, &epoch, sizeof epoch, cudaMemcpyHostToDevice, ranks_[i].aside));
-    Check("cudaStreamSynchronize", cudaStreamSynchronize(ranks_[i].aside));
-  }
-  arenas_.push_back(std::move(arenas));
+int64_t Group::LandingArenaBytes(int64_t window_bytes) {
+  return kLandingHeaderBytes + kLandingDepth * LandingClass(window_bytes);
 }
 
-ArenaView Group::arenas(int rank, int64_t window_bytes) {
-  const Arenas* const arenas = FindArenas(window_bytes);
-  if (arenas == nullptr) throw std::runtime_error("jax_ep: this size of low-latency calls has no arenas");
+ArenaView Group::ViewOf(int rank, Purpose purpose, int64_t bytes, int64_t window_bytes, int depth) {
+  const std::vector<char*>& of_rank = shared_arena(purpose, bytes);
   ArenaView view{};
   view.group = ranks_[rank].view;
   view.rank = rank;
   view.num_ranks = num_ranks();
-  view.window_bytes = arenas->window_bytes;
-  for (size_t peer = 0; peer < ranks_.size(); ++peer) view.arena[peer] = arenas->of_rank[peer];
+  view.depth = depth;
+  view.window_bytes = window_bytes;
+  std::copy(of_rank.begin(), of_rank.end(), view.arena);
   return view;
+}
+
+ArenaView Group::arenas(int rank, int64_t window_bytes) {
+  return ViewOf(rank, Purpose::kLowLatency, LowLatencyArenaBytes(window_bytes), WindowClass(window_bytes), kDepth);
+}
+
+ArenaView Group::landings(int rank, int64_t window_bytes) {
+  return ViewOf(rank, Purpose::kHalves, LandingArenaBytes(window_bytes), LandingClass(window_bytes), kLandingDepth);
+}
+
+cudaError_t Group::MakeFork(int rank, int64_t window_bytes, cudaStream_t stream, Fork* fork) {
+  SharedArena* const arena = FindSharedArena(Purpose::kHalves, LandingArenaBytes(window_bytes));
+  if (arena == nullptr) return cudaErrorInvalidValue;
+  std::lock_guard<std::mutex> lock(mutex_);
+  fork->stream = ranks_[rank].push;
+  fork->number = ++arena->starts[rank];
+  if (cudaError_t error = cudaEventRecord(ranks_[rank].forked, stream); error != cudaSuccess) return error;
+  return cudaStreamWaitEvent(fork->stream, ranks_[rank].forked, 0);
 }
 
 bool Group::HavePeerAccess(const std::vector<int>& devices) {
@@ -331,25 +424,92 @@ std::string Group::Listen() {
   return news;
 }
 
-std::string Group::Enter(int rank, int64_t run, cudaStream_t stream) {
-  std::lock_guard<std::mutex> lock(mutex_);
+// The same, and what follows from it: the failure that concerns calls from now on, if there is one and it is news or
+// the group spans processes. Called with the mutex held.
+std::string Group::Hear() {
   const std::string news = Listen();
   if (spans_processes_) {
     if (failure_.empty()) failure_ = news;
-    if (!failure_.empty()) return failure_ + ". Call jax_ep.initialize() in every process to begin anew";
-  } else if (!news.empty()) {
+    return failure_.empty() ? "" : failure_ + ". Call jax_ep.initialize() in every process to begin anew";
+  }
+  if (!news.empty()) {
     ++generation_;
-    failed_run_ = run;
+    refused_runs_ = TheRegistry().num_runs;
     failure_ = news;
   }
-  if (ranks_[rank].generation == generation_) return "";
-  if (!spans_processes_ && run == failed_run_) return failure_;
+  return news;
+}
+
+// Called with the mutex held.
+std::string Group::BeginGeneration(int rank, cudaStream_t stream) {
   ranks_[rank].generation = generation_;
   Ledgers ledgers{};
   ledgers.ledger[ledgers.count++] = ranks_[rank].window;
-  for (const auto& arenas : arenas_) ledgers.ledger[ledgers.count++] = reinterpret_cast<Arena*>(arenas->of_rank[rank]);
+  for (const auto& arena : arenas_) ledgers.ledger[ledgers.count++] = reinterpret_cast<Ledger*>(arena->of_rank[rank]);
   const cudaError_t error = LaunchBeginGeneration(ledgers, generation_, stream);
   return error == cudaSuccess ? "" : std::string("a new generation could not begin: ") + cudaGetErrorString(error);
+}
+
+std::string Group::HearBefore(int64_t run, const std::vector<int>& devices, int num_ranks) {
+  Registry& registry = TheRegistry();
+  std::lock_guard<std::mutex> lock(registry.mutex);
+  Run& met = registry.Meet(run);
+  const auto known = met.failures.find(devices);
+  if (known != met.failures.end()) return known->second;
+  std::string failure;
+  for (auto first = devices.begin(); devices.end() - first >= num_ranks && failure.empty(); first += num_ranks) {
+    const auto found = registry.by_devices.find(std::vector<int>(first, first + num_ranks));
+    if (found == registry.by_devices.end()) continue;  // of other processes
+    Group& group = *found->second;
+    std::lock_guard<std::mutex> group_lock(group.mutex_);
+    failure = group.Hear();
+    if (failure.empty() && met.number <= group.refused_runs_) failure = group.failure_;
+  }
+  return met.failures[devices] = failure;
+}
+
+std::string Group::BeginRun(int rank, int64_t run, cudaStream_t stream) {
+  const uint64_t number = TheRegistry().NumberOf(run);
+  std::lock_guard<std::mutex> lock(mutex_);
+  ranks_[rank].main = stream;
+  const bool refused = spans_processes_ ? !failure_.empty() : number <= refused_runs_;  // heard of meanwhile
+  return refused || ranks_[rank].generation == generation_ ? "" : BeginGeneration(rank, stream);
+}
+
+// Calls of a rank share its window: on whatever stream one is launched, it runs after those launched before. A call
+// that is captured is part of a graph, a chain that runs on the main stream. Called with the mutex held.
+cudaError_t Group::Follow(Rank& rank, cudaStream_t stream) {
+  rank.launches_beside = false;
+  if (rank.main == nullptr) return cudaSuccess;  // not under XLA
+  if (stream != rank.main) {
+    cudaStreamCaptureStatus capture = cudaStreamCaptureStatusNone;
+    if (cudaError_t error = cudaStreamIsCapturing(stream, &capture); error != cudaSuccess) return error;
+    if (capture != cudaStreamCaptureStatusNone) return cudaSuccess;
+    if (cudaError_t error = cudaEventRecord(rank.before, rank.main); error != cudaSuccess) return error;
+    if (cudaError_t error = cudaStreamWaitEvent(stream, rank.before, 0); error != cudaSuccess) return error;
+    rank.launches_beside = true;
+  }
+  const bool waits = rank.has_beside;
+  rank.has_beside = rank.launches_beside;
+  return waits ? cudaStreamWaitEvent(stream, rank.beside, 0) : cudaSuccess;
+}
+
+cudaError_t Group::Leave(int rank, cudaStream_t stream) {
+  std::lock_guard<std::mutex> lock(mutex_);
+  return ranks_[rank].launches_beside ? cudaEventRecord(ranks_[rank].beside, stream) : cudaSuccess;
+}
+
+std::string Group::Enter(int rank, int64_t run, cudaStream_t stream) {
+  const uint64_t number = TheRegistry().NumberOf(run);
+  std::lock_guard<std::mutex> lock(mutex_);
+  if (cudaError_t error = Follow(ranks_[rank], stream); error != cudaSuccess) {
+    return std::string("its calls could not be put in an order: ") + cudaGetErrorString(error);
+  }
+  const std::string failure = Hear();
+  if (spans_processes_ && !failure.empty()) return failure;
+  if (ranks_[rank].generation == generation_) return "";
+  if (!spans_processes_ && number <= refused_runs_) return failure_;
+  return BeginGeneration(rank, stream);
 }
 
 std::string Group::CheckShared(int rank, const void* address) {

@@ -27,6 +27,15 @@ struct Place {
   uint64_t shared_begin, shared_bytes, shift;
 };
 
+// What calls a shared arena is for: different ones never share it.
+enum class Purpose : int { kLowLatency, kHalves };
+
+// Where a start half's rows are pushed while its stream goes on.
+struct Fork {
+  cudaStream_t stream;
+  uint64_t number;  // of this start among those of its arena and rank: from 1
+};
+
 class Group {
  public:
   // The group of these devices (JAX's ids), rank by rank; made at the first call, if all of them are of this process.
@@ -50,15 +59,39 @@ class Group {
 
   int num_ranks() const { return static_cast<int>(ranks_.size()); }
   const GroupView* view(int rank) const { return ranks_[rank].view; }
-  // Sees to arenas whose windows hold so many bytes; made once for a size, never freed. Throws std::runtime_error.
-  void MakeArenas(int64_t window_bytes);
-  // How `rank` finds them; they must have been made.
+  // Sees to memory at every rank that all ranks read and write: zeros, of which the first are a Ledger, whose epoch
+  // follows this group's generations. Made once for a purpose and size, never freed. Of a group that spans processes
+  // `at` has where this process sees each rank's, zero but for what peers have stored there already; in one process it
+  // is empty and the memory is allocated here. Throws std::runtime_error.
+  void MakeSharedArena(Purpose purpose, int64_t bytes, const std::vector<uint64_t>& at = {});
+  // Of each rank, where this process sees its part; std::runtime_error where none has been made.
+  const std::vector<char*>& shared_arena(Purpose purpose, int64_t bytes);
+  // Bytes of the shared arena of low-latency calls that need so many of a window.
+  static int64_t LowLatencyArenaBytes(int64_t window_bytes);
+  // In one process: sees to the shared arena of such calls, as above.
+  void MakeArenas(int64_t window_bytes) { MakeSharedArena(Purpose::kLowLatency, LowLatencyArenaBytes(window_bytes)); }
+  // How `rank` finds it; it must have been made.
   ArenaView arenas(int rank, int64_t window_bytes);
-  // Before each launch of `rank` on `stream`: what has failed in this group, in a sentence, or nothing. If something
-  // has, the call is to be launched as refused and the sentence to be raised. All ranks' calls of the run in which the
-  // failure is first heard of are refused; in the next run each rank begins a new generation of calls, so no call pairs
-  // with one from before. Processes do not know each other's runs: a group that spans them refuses until Resume.
+  // The same for the windows in which the halves of high-throughput calls land.
+  static int64_t LandingArenaBytes(int64_t window_bytes);
+  ArenaView landings(int rank, int64_t window_bytes);
+  // A start half of `rank` through landings of this size: launches on the fork's stream come behind what `stream` holds
+  // now, and nothing on `stream` comes behind them.
+  cudaError_t MakeFork(int rank, int64_t window_bytes, cudaStream_t stream, Fork* fork);
+  // Before anything of `run`, an execution of a program, is launched on a device of this process: what has failed in
+  // the groups `devices` (group by group, `num_ranks` each), in a sentence, or nothing. If something has, the run is to
+  // be given up. Whoever asks first decides, so all devices of the process give a run up or none does.
+  static std::string HearBefore(int64_t run, const std::vector<int>& devices, int num_ranks);
+  // After that, on the run's stream: if a run of this group has failed, calls of `rank` from here on are of a new
+  // generation, so none pairs with one from before, be it launched or replayed in a CUDA graph.
+  std::string BeginRun(int rank, int64_t run, cudaStream_t stream);
+  // Before each launch of `rank` on `stream`: what has failed meanwhile, in a sentence, or nothing. If something has,
+  // the call is to be launched as refused and the sentence to be raised, like all that follow in the runs that have
+  // begun; later ones begin a new generation. Processes do not know each other's runs: a group that spans them refuses
+  // until Resume. On whatever stream, calls run one after another in the order in which they are launched.
   std::string Enter(int rank, int64_t run, cudaStream_t stream);
+  // After each launch.
+  cudaError_t Leave(int rank, cudaStream_t stream);
   // Why a peer in another process could not use `address`, an operand or result of `rank`; nothing if it can. If not,
   // the group has failed.
   std::string CheckShared(int rank, const void* address);
@@ -70,30 +103,42 @@ class Group {
     GroupView* view = nullptr;
     Status* status = nullptr;
     cudaStream_t aside = nullptr;  // for the host's writes while kernels wait: the default stream could wait for them
+    cudaStream_t push = nullptr;   // of forks, before others where multiprocessors are short: peers wait for them
+    cudaEvent_t forked = nullptr;
     uint32_t heard = 0;            // failures of this rank that the host has heard of
     uint64_t generation = 0;       // of this rank's calls
+    // Calls beside the run's main stream, as XLA places those inside of compute_on: one is being launched now, one was
+    // launched since the last on the main stream; and the events that keep them apart from the others.
+    cudaStream_t main = nullptr;
+    bool launches_beside = false, has_beside = false;
+    cudaEvent_t before = nullptr, beside = nullptr;
   };
 
-  // The arenas of all ranks whose windows hold `window_bytes`.
-  struct Arenas {
-    int64_t window_bytes = 0;
+  struct SharedArena {
+    Purpose purpose;
+    int64_t bytes;
     std::vector<char*> of_rank;
+    std::vector<uint64_t> starts;  // of each rank's halves
   };
 
   explicit Group(const std::vector<Place>& places);
-  const Arenas* FindArenas(int64_t window_bytes);
+  SharedArena* FindSharedArena(Purpose purpose, int64_t bytes);
+  ArenaView ViewOf(int rank, Purpose purpose, int64_t bytes, int64_t window_bytes, int depth);
   void SetViewTimeout(uint64_t timeout_ns);
   bool is_local(const Rank& rank) const { return rank.place.device >= 0; }
   std::string Listen();
+  std::string Hear();
+  std::string BeginGeneration(int rank, cudaStream_t stream);
+  static cudaError_t Follow(Rank& rank, cudaStream_t stream);
 
   std::vector<Rank> ranks_;
   bool spans_processes_;
   std::mutex making_;  // held while arenas are made
   std::mutex mutex_;   // of what follows, and of heard and generation
-  std::vector<std::unique_ptr<Arenas>> arenas_;
-  uint64_t generation_ = 0;  // in one process: failures heard of
-  int64_t failed_run_ = 0;
-  std::string failure_;  // in one process the last, else the first of this generation
+  std::vector<std::unique_ptr<SharedArena>> arenas_;
+  uint64_t generation_ = 0;    // in one process: failures heard of
+  uint64_t refused_runs_ = 0;  // in one process: how many had begun when the last failure was heard of
+  std::string failure_;        // in one process the last, else the first of this generation
 };
 
 }  // namespace jax_ep

@@ -15,6 +15,7 @@ namespace jax_ep {
 struct Member {
   Group* group = nullptr;
   int rank = 0;
+  cudaStream_t stream = nullptr;
   // What has failed in the group: the call is to be launched as refused, and this is its error. Mostly empty.
   std::string failure;
 
@@ -24,6 +25,11 @@ struct Member {
 
 // `devices` lists the devices (JAX's ids) of all groups along the axis, group by group, `num_ranks` each; the CUDA
 // device `ordinal` is one of them.
+//
+// At the begin of a run: an error if one of these groups has failed since the last.
+xla::ffi::Error BeginRun(cudaStream_t stream, int ordinal, xla::ffi::RunId run, xla::ffi::Span<const int64_t> devices,
+                         int64_t num_ranks);
+// Before a launch.
 xla::ffi::Error FindMember(const char* operation, cudaStream_t stream, int ordinal, xla::ffi::RunId run,
                            xla::ffi::Span<const int64_t> devices, int64_t num_ranks, Member* member);
 

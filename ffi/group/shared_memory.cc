@@ -108,8 +108,12 @@ SharedMemory MakeSharedMemory(int device, uint64_t bytes, const std::vector<int>
   Handle handle;
   CALL_DRIVER(cuMemCreate, &handle.value, bytes, &properties, 0);
   const uint64_t begin = Map(handle, bytes, devices);
-  Check("cudaMemset", cudaMemset(ToPointer(begin), 0, bytes));
-  Check("cudaStreamSynchronize", cudaStreamSynchronize(nullptr));
+  cudaStream_t aside = nullptr;  // kernels may be running that wait for those of whoever asks for this memory
+  Check("cudaStreamCreate", cudaStreamCreateWithFlags(&aside, cudaStreamNonBlocking));
+  cudaError_t zeroed = cudaMemsetAsync(ToPointer(begin), 0, bytes, aside);
+  if (zeroed == cudaSuccess) zeroed = cudaStreamSynchronize(aside);
+  cudaStreamDestroy(aside);
+  Check("cudaMemset", zeroed);
   return {Export(handle), begin, bytes};
 }
 

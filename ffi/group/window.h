@@ -11,6 +11,7 @@ constexpr int kMaxRanks = 32;       // one warp lane a rank
 constexpr int kMaxLanes = 192;      // flag rows a rank: more than a GPU has multiprocessors
 constexpr int kMaxSendBlocks = 16;  // blocks that count and send in a dispatch
 constexpr int kMaxBins = 2080;      // counts a send block publishes: experts, and ranks in layout "rank"
+constexpr int kMaxChunks = 2048;    // parts of a rank's tokens, each with a flag that its rows are there
 constexpr int kNumAddresses = 8;
 
 // A flag is epoch << kStateBits | state, and only grows. An epoch is generation << kCountBits | number of the call: the
@@ -37,9 +38,12 @@ struct Ledger {
 
 struct Window : Ledger {
   unsigned int exits;
+  // What the warps of a dispatch have taken of each kind of work; zero between calls.
+  unsigned int taken_chunks[2 * kMaxSendBlocks], taken_own_rows, taken_zero_rows, taken_copies;
   // Written by peers, indexed by the writer.
   alignas(128) uint64_t post[2][kMaxRanks][kMaxLanes];
   uint64_t progress[kMaxRanks][kMaxLanes];
+  uint64_t arrived[kMaxRanks][kMaxChunks];
   Mail mail[2][kMaxRanks][kMaxLanes];
   alignas(128) int32_t counts[2][kMaxRanks][kMaxSendBlocks][kMaxBins];
 };
@@ -62,6 +66,6 @@ struct GroupView {
 };
 
 enum Operation : uint32_t { kDispatch, kDispatchCached, kNotify, kCombine, kBarrier };
-enum Phase : uint32_t { kMeet, kRows, kLeave, kRefused, kReuse, kLines, kInFlight };
+enum Phase : uint32_t { kMeet, kRows, kLeave, kRefused, kReuse, kLines, kInFlight, kStage };
 
 }  // namespace jax_ep

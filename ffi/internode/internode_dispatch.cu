@@ -47,7 +47,8 @@ __global__ void __launch_bounds__(kDispatchThreads, 1)
 
   int32_t* const outgoing = room->outgoing[call.parity][block];
   int32_t* const counts = room->counts[call.parity][call.rank][block];
-  CountTokens(plan.dispatch, call, notify, [&](int bin, int count) { outgoing[bin] = counts[bin] = count; });
+  const OutOfReach reach{plan.dispatch};
+  CountTokens(plan.dispatch, call, notify, reach, [&](int bin, int count) { outgoing[bin] = counts[bin] = count; });
   // Where the sources' tokens are not here; the next kernel writes where they are.
   const int64_t num_choices = static_cast<int64_t>(call.num_ranks) * p.num_tokens * p.num_topk;
   for (int64_t i = static_cast<int64_t>(block) * kDispatchThreads + threadIdx.x; i < num_choices;
@@ -73,10 +74,11 @@ __global__ void __launch_bounds__(kDispatchThreads, 1)
   }
   if (!__syncthreads_and(met)) return;
   PlaceExperts(plan.dispatch, call, notify);
+  if (warp < kSendWarps) return;
   if (p.layout == Layout::kRank) {
-    WriteRankSlots(plan.dispatch, call, notify, OutOfReach{});
+    WriteRankSlots(plan.dispatch, call, notify, reach, warp - kSendWarps);
   } else {
-    WriteExpertSlots(plan.dispatch, call, notify, OutOfReach{});
+    WriteExpertSlots(plan.dispatch, call, notify, reach, warp - kSendWarps);
   }
 }
 
@@ -292,7 +294,8 @@ __global__ void __launch_bounds__(kInternodeThreads, 1)
   FenceProxyAsyncShared();  // zeros are read by bulk copies
   __syncthreads();
   if (met && warp == kTaskWarps) {
-    WriteZeroRows(plan.dispatch, zero, dynamic, blockIdx.x);
+    Taken zero_rows(&view.room->taken_zero_rows);
+    WriteZeroRows(plan.dispatch, zero, dynamic, zero_rows);
     WaitBulkDone<0>();
   } else if (met) {
     const int index = warp * gridDim.x + blockIdx.x;
@@ -306,6 +309,7 @@ __global__ void __launch_bounds__(kInternodeThreads, 1)
   }
   if (IsLastBlock(call)) {
     if (HasFailed(call)) ClearResults(p, call);
+    if (threadIdx.x == 0) view.room->taken_zero_rows = 0;
     EndOverNodes(call, view);
   }
 }
@@ -338,16 +342,19 @@ cudaError_t LaunchInternodeDispatch(const DispatchParams& params, const Internod
   dispatch = DispatchPlan{};
   dispatch.params = params;
   dispatch.num_send_blocks = std::min({plan.lanes.num_blocks, kMaxSendBlocks, params.num_tokens});
-  dispatch.num_copy_warps = plan.lanes.num_blocks;  // they write zero rows only
   dispatch.num_bins = params.num_experts + (params.layout == Layout::kRank ? num_ranks : 0);
   dispatch.zero_bytes = static_cast<int>(std::min<int64_t>(std::max<int64_t>(row_bytes, 16), kMaxZeroBytes));
   dispatch.zero_rows_offset = (dispatch.zero_bytes + 15) / 16 * 16;
   const int num_local = params.num_experts / num_ranks;
   const int64_t zero_shared = dispatch.zero_rows_offset + (2 * num_local + 3) * 4ll;
   if (params.operation != kDispatchCached) {
-    const int64_t scratch = std::max(kDispatchWarps * 32 * num_ranks, params.num_experts + num_ranks);
-    const int64_t shared = 4 * ((kDispatchWarps + 2ll) * dispatch.num_bins + scratch);
-    InternodeNotifyKernel<<<dispatch.num_send_blocks, kDispatchThreads, shared, stream>>>(plan);
+    const int64_t scratch = std::max(kRouteWarps * 32 * num_ranks, params.num_experts + num_ranks);
+    const int64_t shared = 4 * ((kRouteWarps + 2ll) * dispatch.num_bins + scratch);
+    const int64_t block_tokens = (params.num_tokens + dispatch.num_send_blocks - 1) / dispatch.num_send_blocks + 1;
+    dispatch.staged_choices =
+        static_cast<int>(std::clamp<int64_t>((kMaxDynamicShared - shared) / 8, 0, block_tokens * params.num_topk));
+    InternodeNotifyKernel<<<dispatch.num_send_blocks, kDispatchThreads, shared + 8ll * dispatch.staged_choices,
+                            stream>>>(plan);
     if (cudaError_t error = cudaGetLastError(); error != cudaSuccess) return error;
   }
   InternodeDispatchKernel<<<plan.lanes.num_blocks, kInternodeThreads, zero_shared, stream>>>(plan);

@@ -14,15 +14,25 @@ constexpr int kLowLatencyThreads = 32 * (kKeeper + 1);
 
 struct ArenaCall : AnyCall {
   const ArenaView* arenas;
+  uint64_t generation_begin;  // the epoch with which the generation of this kernel began
   unsigned int turn;
   int slot;  // of the window
   bool sends, receives;
   bool takes_part;  // else it gives zeros: it has failed, or there is no call
   bool failed;      // before it began
   bool of_this_generation;
+  bool window_is_free;  // as the begin saw it: then nobody need wait for its reuse
 
   __device__ Arena* At(int peer) const { return reinterpret_cast<Arena*>(arenas->arena[peer]); }
   __device__ Arena* Own() const { return At(rank); }
+  __device__ int SlotOf(uint64_t of) const {
+    return static_cast<int>(static_cast<uint32_t>(of) & (arenas->depth - 1));
+  }
+  // What every peer must have read, or for the first calls of a generation begun, before this call's lines are stored.
+  __device__ uint64_t ReuseNeeds() const {
+    return static_cast<uint32_t>(epoch) > static_cast<uint32_t>(arenas->depth) ? epoch - arenas->depth
+                                                                               : generation_begin;
+  }
   // What `source` sends to `owner` in this call.
   __device__ char* Lines(int owner, int source, int64_t source_bytes) const {
     return arenas->arena[owner] + kArenaHeaderBytes + slot * arenas->window_bytes + source * source_bytes;
@@ -34,8 +44,15 @@ constexpr __device__ uint64_t FlagOf(uint64_t epoch, uint32_t state) { return ep
 constexpr __device__ uint64_t GenerationOf(uint64_t epoch) { return epoch >> kCountBits; }
 
 // `epoch` and `turn` advance when all blocks have entered (Keep), so every block of a kernel reads the same values
-// here. Called by all threads of a block; ends with the block synchronised.
+// here. Called by all threads of a block; ends with the block synchronised. One warp reads, all at once: hundreds of
+// warps that read the same words would wait for each other.
+template <int kReader = kKeeper>
 __device__ __forceinline__ ArenaCall BeginArenaCall(const LowLatencyParams& params, Operation operation, bool refused) {
+  __shared__ struct {
+    uint64_t epoch, generation_begin;
+    unsigned int turn;
+    bool none, failed, of_this_generation, window_is_free;
+  } begun;
   ArenaCall call;
   call.arenas = &params.arenas;
   call.group = params.arenas.group;
@@ -44,44 +61,65 @@ __device__ __forceinline__ ArenaCall BeginArenaCall(const LowLatencyParams& para
   call.operation = operation;
   call.ledger = call.Own();
   call.sends = params.half != Half::kDone;
-  call.receives = params.half != Half::kStart;
-  const uint64_t epoch = LoadRelaxedSys(&call.ledger->epoch);
-  call.turn = *const_cast<volatile unsigned int*>(&call.Own()->turn);
-  call.epoch = epoch + 1;
-  call.of_this_generation = true;
-  bool failed = refused, none = false;
-  if (params.half == Half::kDone) {
-    const uint64_t begun = params.in_flight[0], complement = params.in_flight[1];
-    none = begun == 0 && complement == 0;
-    call.of_this_generation = GenerationOf(begun) == GenerationOf(epoch);
-    if (complement == ~begun) {
-      call.epoch = begun;
-      failed |= !call.of_this_generation;  // told when that generation failed
-    } else if (!none) {
-      call.epoch = epoch > 0 ? epoch : 1;
-      call.of_this_generation = true;
+  if (threadIdx.x / 32 == kReader) {
+    const int lane = threadIdx.x % 32, acked_slot = lane % kDepth, acked_by = lane / kDepth;
+    const Arena* const own = call.Own();
+    const uint64_t epoch = LoadRelaxedSys(&own->epoch), failed_epoch = LoadRelaxedSys(&own->failed_epoch);
+    const unsigned int turn = *const_cast<const volatile unsigned int*>(&own->turn);
+    const uint64_t gone = lane < call.num_ranks ? LoadRelaxedSys(&own->gone[lane]) : 0;
+    uint64_t begun_epoch = 0, complement = 0;
+    if (params.half == Half::kDone) begun_epoch = params.in_flight[0], complement = params.in_flight[1];
+    const uint64_t ack = acked_by < call.num_ranks ? LoadAcquireSys(&own->acks[acked_slot][acked_by]) : ~0ull;
+    call.epoch = epoch + 1;
+    call.of_this_generation = true;
+    bool failed = refused, none = false;
+    if (params.half == Half::kDone) {
+      none = begun_epoch == 0 && complement == 0;
+      call.of_this_generation = GenerationOf(begun_epoch) == GenerationOf(epoch);
+      if (complement == ~begun_epoch) {
+        call.epoch = begun_epoch;
+        failed |= !call.of_this_generation;  // told when that generation failed
+      } else if (!none) {
+        call.epoch = epoch > 0 ? epoch : 1;
+        call.of_this_generation = true;
+        failed = true;
+        if (lane == 0) Fail(call, kInFlight, call.rank, 0, 0, 0);
+      }
+    }
+    // A peer that has failed in this generation may have missed calls: what it has sent under this epoch may be
+    // another's.
+    if (gone != 0 && GenerationOf(gone) == GenerationOf(call.epoch) && call.of_this_generation && !none) {
+      Fail(call, kReuse, lane, 0, call.Tag(kPosted), call.Tag(kGone));
       failed = true;
-      if (threadIdx.x == 0) Fail(call, kInFlight, call.rank, 0, 0, 0);
+    }
+    if (refused && lane == 0 && call.of_this_generation && !none) Refuse(call);
+    failed |= call.of_this_generation && failed_epoch != 0 && GenerationOf(failed_epoch) == GenerationOf(call.epoch);
+    failed = __any_sync(~0u, failed) && !none;
+    call.generation_begin = GenerationOf(epoch) << kCountBits;
+    const bool late = acked_slot == call.SlotOf(call.epoch) && ack < call.ReuseNeeds();
+    const bool window_is_free = !__any_sync(~0u, late) && call.num_ranks <= 32 / kDepth;
+    if (lane == 0) {
+      begun.epoch = call.epoch, begun.generation_begin = call.generation_begin, begun.turn = turn;
+      begun.none = none, begun.failed = failed, begun.of_this_generation = call.of_this_generation;
+      begun.window_is_free = window_is_free;
     }
   }
-  // A peer that has failed in this generation may have missed calls: what it has sent under this epoch may be
-  // another's.
-  const int peer = threadIdx.x;
-  const uint64_t gone = peer < call.num_ranks ? LoadRelaxedSys(&call.Own()->gone[peer]) : 0;
-  if (gone != 0 && GenerationOf(gone) == GenerationOf(call.epoch) && call.of_this_generation && !none) {
-    Fail(call, kReuse, peer, 0, call.Tag(kPosted), call.Tag(kGone));
-    failed = true;
-  }
-  call.slot = static_cast<int>(static_cast<uint32_t>(call.epoch) % kDepth);
-  if (refused && threadIdx.x == 0 && call.of_this_generation && !none) Refuse(call);
-  call.failed = __syncthreads_or(failed || (call.of_this_generation && HasFailed(call))) && !none;
-  call.receives &= !none;
-  call.takes_part = !call.failed && !none;
+  __syncthreads();
+  call.epoch = begun.epoch;
+  call.turn = begun.turn;
+  call.generation_begin = begun.generation_begin;
+  call.slot = call.SlotOf(call.epoch);
+  call.of_this_generation = begun.of_this_generation;
+  call.window_is_free = begun.window_is_free;
+  call.failed = begun.failed;
+  call.receives = params.half != Half::kStart && !begun.none;
+  call.takes_part = !call.failed && !begun.none;
   return call;
 }
 
 // The books of a call, by one warp of each block. Tells the peers which windows have been read: all that kernels before
-// this one have. A peer's AwaitReuse acquires it; the kernel's begin has ordered it after their loads.
+// this one have, and whatever calls of earlier generations have filled. A peer's AwaitReuse acquires it; the kernel's
+// begin has ordered it after their loads.
 __device__ inline void Keep(const ArenaCall& call) {
   const int lane = threadIdx.x % 32;
   Arena* const arena = call.Own();
@@ -89,7 +127,8 @@ __device__ inline void Keep(const ArenaCall& call) {
     if (lane < call.num_ranks) {
       FenceSys();
       for (int slot = 0; slot < kDepth; ++slot) {
-        StoreRelaxedSys(&call.At(lane)->acks[slot][call.rank], LoadRelaxedSys(&arena->finished[slot]));
+        const uint64_t finished = max(LoadRelaxedSys(&arena->finished[slot]), call.generation_begin);
+        StoreRelaxedSys(&call.At(lane)->acks[slot][call.rank], finished);
       }
     }
     __syncwarp();
@@ -165,11 +204,13 @@ class Patience {
   uint32_t tries_ = 0;
 };
 
-// Waits until every peer has read what this window held kDepth calls before. Acquires their `acks`, so that the stores
-// that follow come after their loads. False: it will not come.
+// Waits until every peer has read what this window held `depth` calls before; for the first calls of a generation,
+// until every peer has begun it, so that no call of the one before still reads or pushes. Acquires their `acks`, so
+// that the stores that follow come after their loads, here or in the begin. False: it will not come.
 __device__ __forceinline__ bool AwaitReuse(const ArenaCall& call) {
+  if (call.window_is_free) return true;
   const int lane = threadIdx.x % 32;
-  const uint64_t need = static_cast<uint32_t>(call.epoch) > kDepth ? call.epoch - kDepth : 0;
+  const uint64_t need = call.ReuseNeeds();
   Patience patience;
   while (true) {
     uint64_t ack = ~0ull, gone = 0;

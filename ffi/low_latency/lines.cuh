@@ -51,15 +51,21 @@ __device__ __forceinline__ void SetEpoch(const ArenaCall& call, uint4 (&bits)[N]
   __syncwarp();
 }
 
-// Waits for N groups of lines at once; a lane's `place` is null where it has no line. `peer_of(i)` sent group i; `item`
-// is what an error names as the lane. Called by one whole warp. False: they will not come.
-template <int N, class PeerOf>
-__device__ __forceinline__ bool ReceiveLines(const ArenaCall& call, const char* const (&place)[N], uint4 (&bits)[N],
-                                             const PeerOf& peer_of, int item) {
+// A first look at N groups of lines, without waiting; a lane's `place` is null where it has no line. Called by one
+// whole warp, as what follows.
+template <int N>
+__device__ __forceinline__ void LookForLines(const char* const (&place)[N], uint4 (&bits)[N]) {
   __syncwarp();  // the lanes of a line load together
-  const auto lacks = [&](int i) { return IsTail() && place[i] != nullptr && EpochIn(bits[i]) != call.epoch; };
 #pragma unroll
   for (int i = 0; i < N; ++i) bits[i] = place[i] != nullptr ? LoadLine(place[i]) : uint4{};
+}
+
+// Waits for those that were not there. `peer_of(i)` sent group i; `item` is what an error names as the lane. False:
+// they will not come.
+template <int N, class PeerOf>
+__device__ __forceinline__ bool AwaitLines(const ArenaCall& call, const char* const (&place)[N], uint4 (&bits)[N],
+                                           const PeerOf& peer_of, int item) {
+  const auto lacks = [&](int i) { return IsTail() && place[i] != nullptr && EpochIn(bits[i]) != call.epoch; };
   Patience patience;
   while (true) {
     uint32_t missing = 0;
@@ -79,6 +85,13 @@ __device__ __forceinline__ bool ReceiveLines(const ArenaCall& call, const char* 
       if ((missing >> i & 1) != 0 && place[i] != nullptr) bits[i] = LoadLine(place[i]);
     }
   }
+}
+
+template <int N, class PeerOf>
+__device__ __forceinline__ bool ReceiveLines(const ArenaCall& call, const char* const (&place)[N], uint4 (&bits)[N],
+                                             const PeerOf& peer_of, int item) {
+  LookForLines(place, bits);
+  return AwaitLines(call, place, bits, peer_of, item);
 }
 
 // ---- how a rank's work is cut: a unit is a piece of one record, 1 to kMaxGroups groups

@@ -3,8 +3,9 @@
 //
 //   warps    role       waits for                                 signals
 //   0 - 6    sender     the window's reuse                        lines of rows, once to every rank that wants them
-//   7 - 14   receiver   the window's reuse (its table), lines     lines of the table
+//   7 - 14   receiver   the window's reuse (its table), tables    lines of the table; that the places are known
 //   15       keeper                                               windows read before, to the peers; epoch
+//   all      then jobs  the places; lines                         results
 #include <algorithm>
 
 #include "device/quantize.cuh"
@@ -13,211 +14,255 @@
 namespace jax_ep {
 namespace {
 
-constexpr int kZeroPiece = 2048;
+constexpr int kZeroPiece = 2048, kZeroRows = 8;
 constexpr int64_t kMaxShared = 232448 - 1024;
+constexpr int64_t kMaxUnits = 1 << 20, kMaxJobs = 1 << 29;  // pieces of rows, of rows without a token
 
 // ---- a record: the first row, the gates, the second row
 
-// Up to 16 bytes at any place, as many as a row of `row_bytes` has from `offset`.
-__device__ inline uint4 LoadSmallRow(const char* row, int64_t row_bytes, int64_t offset) {
-  uint4 bits{};
-  if (offset >= row_bytes) return bits;
-  if (row_bytes % 16 == 0) return LoadUnit<true>(row, offset);
+enum class Array : int { kNone, kRow, kGates, kSecond };
+
+// This lane's 16 bytes of each line that it has of a piece, 8 in the tail.
+class Units {
+ public:
+  __device__ __forceinline__ Units(const DispatchWork& work, int first_line)
+      : work_(work),
+        line_(first_line + LineInGroup()),
+        offset_(UnitOffset(work.lines.record, line_)),
+        step_(kGroupLines * (IsTail() ? 8 : kLineMain)) {}
+
+  static __device__ __forceinline__ int num_bytes() { return IsTail() ? 8 : 16; }
+  // In the record, of the unit in group v.
+  __device__ __forceinline__ int offset(int v) const { return offset_ + v * step_; }
+  __device__ __forceinline__ Array array(int v) const {
+    const int at = offset(v);
+    if (v >= work_.cut.groups || line_ + v * kGroupLines >= work_.lines.record) return Array::kNone;
+    if (at < work_.row_end) return Array::kRow;
+    if (at < work_.gates_end) return Array::kGates;
+    return at >= work_.second_begin && at < work_.second_end ? Array::kSecond : Array::kNone;
+  }
+  // Moves in one piece; else a row may also end inside.
+  __device__ __forceinline__ bool aligned(Array array) const {
+    return work_.all_aligned || array == Array::kRow ||
+           (array == Array::kGates ? work_.gate_alignment : work_.second_alignment) >= num_bytes();
+  }
+
+ private:
+  const DispatchWork& work_;
+  int line_, offset_, step_;
+};
+
+// From memory that no kernel writes meanwhile, or (kShared) this block's.
+template <bool kShared = false>
+__device__ __forceinline__ uint4 LoadAligned(const char* place) {
+  if (IsTail()) {
+    const auto* const half = reinterpret_cast<const uint2*>(place);
+    const uint2 bits = kShared ? *half : __ldcg(half);
+    return make_uint4(bits.x, bits.y, 0, 0);
+  }
+  const auto* const whole = reinterpret_cast<const uint4*>(place);
+  return kShared ? *whole : __ldcg(whole);
+}
+
+// The same of any alignment, `num_bytes` at most; by bytes or by words.
+__device__ __noinline__ uint4 LoadBytes(const char* place, int num_bytes, bool by_bytes) {
+  num_bytes = min(num_bytes, Units::num_bytes());
   uint32_t words[4] = {};
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
-    if (row_bytes % 4 == 0) {
-      if (offset + 4 * i < row_bytes) words[i] = *reinterpret_cast<const uint32_t*>(row + offset + 4 * i);
+    if (!by_bytes) {
+      if (4 * i < num_bytes) words[i] = *reinterpret_cast<const uint32_t*>(place + 4 * i);
     } else {
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
-        const int64_t place = offset + 4 * i + j;
-        if (place < row_bytes) words[i] |= static_cast<uint32_t>(static_cast<uint8_t>(row[place])) << 8 * j;
+        if (4 * i + j < num_bytes) words[i] |= static_cast<uint32_t>(static_cast<uint8_t>(place[4 * i + j])) << 8 * j;
       }
     }
   }
   return make_uint4(words[0], words[1], words[2], words[3]);
 }
 
-__device__ inline void StoreSmallRow(char* row, int64_t row_bytes, int64_t offset, const uint4& bits) {
-  const int num_bytes = static_cast<int>(min(row_bytes - offset, int64_t{IsTail() ? 8 : 16}));
-  if (num_bytes <= 0) return;
-  if (row_bytes % 16 == 0) return StoreUnit(row + offset, bits);
+__device__ __noinline__ void StoreBytes(char* place, int num_bytes, bool by_bytes, uint4 bits) {
+  num_bytes = min(num_bytes, Units::num_bytes());
   const uint32_t words[4] = {bits.x, bits.y, bits.z, bits.w};
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
-    if (row_bytes % 4 == 0) {
-      if (4 * i < num_bytes) *reinterpret_cast<uint32_t*>(row + offset + 4 * i) = words[i];
+    if (!by_bytes) {
+      if (4 * i < num_bytes) *reinterpret_cast<uint32_t*>(place + 4 * i) = words[i];
     } else {
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
-        if (4 * i + j < num_bytes) row[offset + 4 * i + j] = static_cast<char>(words[i] >> 8 * j);
+        if (4 * i + j < num_bytes) place[4 * i + j] = static_cast<char>(words[i] >> 8 * j);
       }
     }
   }
 }
 
-// This lane's unit of a token's record, behind the first row; the second row is at `second`.
-__device__ __noinline__ uint4 LoadBehindRow(const DispatchWork& work, int64_t token, const char* second,
-                                            int64_t offset) {
-  const DispatchParams& p = work.params;
-  if (offset >= work.gate_bytes) {
-    return p.num_row_arrays < 2 ? uint4{} : LoadSmallRow(second, p.rows[1].row_bytes, offset - work.gate_bytes);
-  }
-  uint32_t words[4];
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    const int k = static_cast<int>(offset / 4) + i;
-    words[i] = k < p.num_topk ? __float_as_uint(p.topk_weights[token * p.num_topk + k]) : 0;
-  }
-  return make_uint4(words[0], words[1], words[2], words[3]);
-}
-
-// A piece of a record from this rank's operands; lanes past its end get nothing of meaning.
+// A piece of a record from this rank's operands; the loads are independent.
 __device__ __forceinline__ void LoadPiece(const DispatchWork& work, int64_t token, int first_line,
                                           uint4 (&bits)[kMaxGroups]) {
-  const int64_t row_bytes = work.first_bytes();
-  const char* const row = work.params.rows[0].x + token * row_bytes;
-  const char* const second = work.params.rows[1].x + token * work.second_bytes();
-#pragma unroll
-  for (int v = 0; v < kMaxGroups; ++v) {
-    const int line = first_line + v * kGroupLines + LineInGroup();
-    const int64_t offset = UnitOffset(work.lines.record, line);
-    bits[v] = uint4{};
-    if (v >= work.cut.groups || line >= work.lines.record) continue;
-    if (offset < row_bytes) bits[v] = LoadUnit(row, offset);
-  }
-#pragma unroll
-  for (int v = 0; v < kMaxGroups; ++v) {
-    const int line = first_line + v * kGroupLines + LineInGroup();
-    const int64_t offset = UnitOffset(work.lines.record, line);
-    if (v >= work.cut.groups || line >= work.lines.record) continue;
-    if (offset >= row_bytes) bits[v] = LoadBehindRow(work, token, second, offset - row_bytes);
-  }
-}
-
-// What stands behind the first row in this lane's unit of a record, to where the token's rows `here` [K] are.
-__device__ __noinline__ void StoreBehindRow(const DispatchWork& work, const int32_t* here, int64_t offset, uint4 bits) {
   const DispatchParams& p = work.params;
-  if (offset >= work.gate_bytes) {
-    if (p.num_row_arrays < 2) return;
-    const RowArray& second = p.rows[1];
-    for (int k = 0; k < p.num_topk; ++k) {
-      if (here[k] < 0) continue;
-      StoreSmallRow(second.recv + here[k] * second.row_bytes, second.row_bytes, offset - work.gate_bytes, bits);
-      if (p.layout == Layout::kRank) break;
-    }
-    return;
-  }
-  int row = -1;  // of layout "rank": that of all choices here
-  for (int k = 0; k < p.num_topk; ++k) row = max(row, here[k]);
-  const uint32_t words[4] = {bits.x, bits.y, bits.z, bits.w};
+  const Units units(work, first_line);
+  // Less what stands before them in a record.
+  const char* const row = p.rows[0].x + token * work.first_bytes();
+  const char* const gates = reinterpret_cast<const char*>(p.topk_weights + token * p.num_topk) - work.row_end;
+  const char* const second = p.rows[1].x + token * work.second_bytes() - work.second_begin;
 #pragma unroll
+  for (int v = 0; v < kMaxGroups; ++v) {
+    const Array array = units.array(v);
+    const char* const base = array == Array::kRow ? row : array == Array::kGates ? gates : second;
+    bits[v] = uint4{};
+    if (array != Array::kNone && units.aligned(array)) bits[v] = LoadAligned(base + units.offset(v));
+  }
+  if (work.all_aligned) return;
+#pragma unroll
+  for (int v = 0; v < kMaxGroups; ++v) {
+    const Array array = units.array(v);
+    if (array == Array::kNone || units.aligned(array)) continue;
+    const int end = array == Array::kGates ? work.gates_end : work.second_end;
+    bits[v] = LoadBytes((array == Array::kGates ? gates : second) + units.offset(v), end - units.offset(v),
+                        array == Array::kSecond && work.second_alignment < 4);
+  }
+}
+
+// The gates of choices `first` and following that the lane holds (from kMaxTopk on none). By one whole warp.
+__device__ __noinline__ void StoreGates(const DispatchWork& work, int row, int first, uint4 bits) {
+  const DispatchParams& p = work.params;
+  const int common = __reduce_max_sync(~0u, row), count = min(p.num_topk - first, IsTail() ? 2 : 4);
+#pragma unroll 1
   for (int i = 0; i < 4; ++i) {
-    const int k = static_cast<int>(offset / 4) + i;
-    if ((IsTail() && i >= 2) || k >= p.num_topk) continue;
+    const int target = __shfl_sync(~0u, row, (first + i) % 32);
+    const float gate = __uint_as_float(i == 0 ? bits.x : i == 1 ? bits.y : i == 2 ? bits.z : bits.w);
+    if (i >= count) continue;
     if (p.layout == Layout::kRank) {
-      p.recv_weights[static_cast<int64_t>(row) * p.num_topk + k] = here[k] >= 0 ? __uint_as_float(words[i]) : 0.f;
-    } else if (here[k] >= 0) {
-      p.recv_weights[here[k]] = __uint_as_float(words[i]);
+      p.recv_weights[int64_t{common} * p.num_topk + first + i] = target >= 0 ? gate : 0.f;
+    } else if (target >= 0) {
+      p.recv_weights[target] = gate;
     }
   }
 }
 
-// A piece of a record to the rows that lanes name (-1: none), each row in one lane.
-__device__ __forceinline__ void StorePiece(const DispatchWork& work, const int32_t* here, int row, int first_line,
+// A piece of a record to a token's rows, of each choice one in its lane (-1: none).
+__device__ __forceinline__ void StorePiece(const DispatchWork& work, int row, int first_line,
                                            const uint4 (&bits)[kMaxGroups]) {
-  const int64_t row_bytes = work.first_bytes();
-  for (uint32_t rest = __ballot_sync(~0u, row >= 0); rest != 0; rest &= rest - 1) {
-    char* const target = work.params.rows[0].recv + __shfl_sync(~0u, row, __ffs(rest) - 1) * row_bytes;
+  const DispatchParams& p = work.params;
+  const Units units(work, first_line);
+  const bool by_rank = p.layout == Layout::kRank;  // then all choices have the same row
+  const uint32_t choices = __ballot_sync(~0u, row >= 0), rows = by_rank ? choices & -choices : choices;
+  uint32_t moves = 0, second = 0, gates = 0, unaligned = 0;  // a bit a group
+#pragma unroll
+  for (int v = 0; v < kMaxGroups; ++v) {
+    const Array array = units.array(v);
+    const bool aligned = units.aligned(array);
+    moves |= array == Array::kRow || (array == Array::kSecond && aligned) ? 1u << v : 0;
+    second |= array == Array::kSecond ? 1u << v : 0;
+    gates |= array == Array::kGates ? 1u << v : 0;
+    unaligned |= array == Array::kSecond && !aligned ? 1u << v : 0;
+  }
+#pragma unroll 1
+  for (uint32_t rest = rows; rest != 0; rest &= rest - 1) {
+    const int64_t target = __shfl_sync(~0u, row, __ffs(rest) - 1);
+    char* const in_first = p.rows[0].recv + target * work.first_bytes();
+    char* const in_second = p.rows[1].recv + target * work.second_bytes() - work.second_begin;
 #pragma unroll
     for (int v = 0; v < kMaxGroups; ++v) {
-      const int line = first_line + v * kGroupLines + LineInGroup();
-      const int64_t offset = UnitOffset(work.lines.record, line);
-      if (v < work.cut.groups && line < work.lines.record && offset < row_bytes) StoreUnit(target + offset, bits[v]);
+      if ((moves >> v & 1) != 0) StoreUnit(((second >> v & 1) != 0 ? in_second : in_first) + units.offset(v), bits[v]);
     }
   }
 #pragma unroll
   for (int v = 0; v < kMaxGroups; ++v) {
-    const int line = first_line + v * kGroupLines + LineInGroup();
-    const int64_t offset = UnitOffset(work.lines.record, line);
-    if (v < work.cut.groups && line < work.lines.record && offset >= row_bytes)
-      StoreBehindRow(work, here, offset - row_bytes, bits[v]);
+    const bool here = (gates >> v & 1) != 0;
+    if (!__any_sync(~0u, here)) continue;
+    StoreGates(work, row, here ? (units.offset(v) - work.row_end) / 4 : kMaxTopk, bits[v]);
+  }
+  if (!__any_sync(~0u, unaligned != 0)) return;
+#pragma unroll 1
+  for (uint32_t rest = rows; rest != 0; rest &= rest - 1) {
+    const int64_t target = __shfl_sync(~0u, row, __ffs(rest) - 1);
+    char* const in_second = p.rows[1].recv + target * work.second_bytes() - work.second_begin;
+#pragma unroll
+    for (int v = 0; v < kMaxGroups; ++v) {
+      if ((unaligned >> v & 1) != 0)
+        StoreBytes(in_second + units.offset(v), work.second_end - units.offset(v), work.second_alignment < 4, bits[v]);
+    }
   }
 }
 
-// ---- roles
+// ---- senders
 
-// The ranks to which a token goes, a bit each, from its expert or slot in each lane.
-__device__ __forceinline__ uint32_t RanksOf(const DispatchWork& work, const ArenaCall& call, int64_t token) {
+// What decides where a token goes, of each choice in its lane: the expert, or the slot where it is known. As it stands
+// there, so that nothing waits for it yet.
+__device__ __forceinline__ int LoadDestination(const DispatchWork& work, int64_t token) {
   const DispatchParams& p = work.params;
   const int lane = threadIdx.x % 32;
-  int rank = -1;
-  if (lane < p.num_topk) {
-    if (work.has_table()) {
-      const int expert = LoadExpert(p, token * p.num_topk + lane);
-      if (expert >= 0) rank = expert / (p.num_experts / call.num_ranks);
-    } else {
-      const int slot = p.slot[token * p.num_topk + lane];
-      if (slot >= 0) rank = slot / p.max_recv_tokens;
-    }
+  const int32_t* const destinations = work.has_table() ? p.topk_idx : p.slot;
+  return lane < p.num_topk ? destinations[token * p.num_topk + lane] : -1;
+}
+
+// The ranks to which the token goes, a bit each.
+__device__ __forceinline__ uint32_t RanksOf(const DispatchWork& work, const ArenaCall& call, int destination) {
+  const DispatchParams& p = work.params;
+  const bool goes = destination >= 0 && (!work.has_table() || destination < p.num_experts);
+  uint32_t rank = 0;
+  if (goes) {
+    rank = work.has_table() ? work.by_local(destination)
+                            : static_cast<uint32_t>(destination) / static_cast<uint32_t>(p.max_recv_tokens);
   }
-  const uint32_t ranks = __reduce_or_sync(~0u, rank >= 0 ? 1u << rank : 0u);
+  const uint32_t ranks = __reduce_or_sync(~0u, goes ? 1u << rank : 0u);
   return work.own_lines ? ranks : ranks & ~(1u << call.rank);
 }
 
-// Every token once to every rank that owns one of its experts, through the own window too if its lines are wanted.
-// Destinations begin at the neighbour, so that no receiver is everybody's first.
-__device__ inline bool SendRows(const DispatchWork& work, const ArenaCall& call) {
-  const DispatchParams& p = work.params;
-  const int lane = threadIdx.x % 32;
-  const int64_t source_bytes = work.lines.SourceBytes(p.num_tokens);
-  const int num_units = p.num_tokens * work.cut.pieces;
-  bool ready = false;
-  for (int unit = blockIdx.x + gridDim.x * (threadIdx.x / 32); unit < num_units; unit += gridDim.x * kSenders) {
-    const int64_t token = unit / work.cut.pieces;
-    const int first_line = unit % work.cut.pieces * work.cut.lines();
-    const uint32_t ranks = RanksOf(work, call, token);
-    uint4 bits[kMaxGroups];
-    LoadPiece(work, token, first_line, bits);
-    if (!ready && !(ready = AwaitReuse(call))) return false;
-    SetEpoch(call, bits);
-    int peer = call.rank;
-    for (int n = 0; n < call.num_ranks; ++n) {
-      if (++peer == call.num_ranks) peer = 0;
-      if ((ranks >> peer & 1) == 0) continue;
-      char* const record = call.Lines(peer, call.rank, source_bytes) +
-                           (work.lines.table + token * work.lines.record) * kLineBytes + first_line * kLineBytes;
+// Lines that the lanes hold, once to every rank of `ranks`: `count` groups `stride` apart, from `first_line` of the
+// token's record. Destinations begin at the neighbour, so that no receiver is everybody's first.
+__device__ __forceinline__ void StoreLines(const DispatchWork& work, const ArenaCall& call, int64_t token,
+                                           uint32_t ranks, int first_line, int stride, int count,
+                                           uint4 (&bits)[kMaxGroups]) {
+  const int64_t source_bytes = work.lines.SourceBytes(work.params.num_tokens);
+  const int64_t place = (work.lines.table + token * work.lines.record) * kLineBytes + threadIdx.x % 8 * 16;
+  SetEpoch(call, bits);
+  int peer = call.rank;
+#pragma unroll 1
+  for (int n = 0; n < call.num_ranks; ++n) {
+    if (++peer == call.num_ranks) peer = 0;
+    if ((ranks >> peer & 1) == 0) continue;
+    char* const record = call.Lines(peer, call.rank, source_bytes) + place;
 #pragma unroll
-      for (int v = 0; v < kMaxGroups; ++v) {
-        if (v < work.cut.groups && first_line + v * kGroupLines + LineInGroup() < work.lines.record)
-          StoreLine(record + v * kGroupBytes + lane * 16, bits[v]);
-      }
+    for (int v = 0; v < kMaxGroups; ++v) {
+      const int line = first_line + v * stride * kGroupLines + LineInGroup();
+      if (v < count && line < work.lines.record) StoreLine(record + line * kLineBytes, bits[v]);
     }
   }
-  return true;
 }
 
-// Rows travel as they are.
+// Rows travel as they are: a warp sends pieces of records.
 struct AsTheyAre {
-  static constexpr bool kEncodes = false;
-};
+  // A piece on its way from the operands.
+  struct Outgoing {
+    int destination = -1;
+    uint4 bits[kMaxGroups];
+  };
 
-template <Wire kWire, class T>
-struct Encoded {
-  static constexpr bool kEncodes = true;
+  __device__ static int FirstUnit() { return blockIdx.x + gridDim.x * (threadIdx.x / 32); }
 
-  // All of a sender's steps of a row in global memory into shared memory.
-  __device__ static void EncodePart(const Encoding& encoding, int64_t token, char* values, char* scales) {
-    const int hidden = encoding.hidden, part = threadIdx.x / 32;
-    const char* const row = encoding.x + token * hidden * static_cast<int64_t>(sizeof(T));
-    LaneEncoder<kWire, T> lane(row, hidden, values, scales, threadIdx.x % 32, part);
-    int step = part;
-    for (; (step + 1) * kStepColumns <= hidden; step += kSenders) {
-      EncodeStep<true>(lane);
-      lane.Advance(kSenders);
+  __device__ __forceinline__ static void Load(const DispatchWork& work, int unit, char*, Outgoing& outgoing) {
+    const int token = work.by_pieces(unit);
+    if (token >= work.params.num_tokens) return;
+    outgoing.destination = LoadDestination(work, token);
+    LoadPiece(work, token, (unit - token * work.cut.pieces) * work.cut.lines(), outgoing.bits);
+  }
+
+  // False: some window does not get free.
+  __device__ __forceinline__ static bool Send(const DispatchWork& work, const ArenaCall& call, char*,
+                                              Outgoing& outgoing) {
+    const int num_units = work.params.num_tokens * work.cut.pieces, stride = gridDim.x * kSenders;
+    for (int unit = FirstUnit(); unit < num_units; unit += stride) {
+      const int token = work.by_pieces(unit), first_line = (unit - token * work.cut.pieces) * work.cut.lines();
+      const uint32_t ranks = RanksOf(work, call, outgoing.destination);
+      if (unit == FirstUnit() && !AwaitReuse(call)) return false;
+      StoreLines(work, call, token, ranks, first_line, 1, work.cut.groups, outgoing.bits);
+      Load(work, unit + stride, nullptr, outgoing);
     }
-    if (step * kStepColumns < hidden) EncodeStep<false>(lane);
+    return true;
   }
 };
 
@@ -231,69 +276,181 @@ __device__ __forceinline__ bool SyncSendersOr(bool value) {
   return any != 0;
 }
 
-// The same with rows that the senders of a block encode together, a token a block. Two of them in shared memory: while
-// a warp still sends the one, others encode the next; the barrier of the next is behind all that sent the one.
-template <class Rows>
-__device__ inline bool SendEncodedRows(const DispatchWork& work, const ArenaCall& call, char* encoded) {
-  const DispatchParams& p = work.params;
-  const int warp = threadIdx.x / 32, num_lines = work.lines.record;
-  const int64_t source_bytes = work.lines.SourceBytes(p.num_tokens), row_bytes = work.first_bytes();
-  bool ready = false;
-  for (int64_t token = blockIdx.x; token < p.num_tokens; token += gridDim.x) {
-    char* const scales = encoded + row_bytes;
-    Rows::EncodePart(work.low_latency.encoding, token, encoded, scales);
-    const uint32_t ranks = RanksOf(work, call, token);
-    ready = ready || AwaitReuse(call);
-    if (SyncSendersOr(!ready)) return false;
-    // Groups kSenders apart, kMaxGroups of them at once.
-    for (int first = warp; first * kGroupLines < num_lines; first += kSenders * kMaxGroups) {
-      uint4 bits[kMaxGroups];
-#pragma unroll
-      for (int v = 0; v < kMaxGroups; ++v) {
-        const int line = (first + v * kSenders) * kGroupLines + LineInGroup();
-        const int64_t offset = UnitOffset(num_lines, line);
-        bits[v] = uint4{};
-        if (line < num_lines) {
-          bits[v] = offset < row_bytes ? LoadUnit<true>(encoded, offset)
-                                       : LoadBehindRow(work, token, scales, offset - row_bytes);
-        }
-      }
-      SetEpoch(call, bits);
-      int peer = call.rank;
-      for (int n = 0; n < call.num_ranks; ++n) {
-        if (++peer == call.num_ranks) peer = 0;
-        if ((ranks >> peer & 1) == 0) continue;
-        char* const record = call.Lines(peer, call.rank, source_bytes) +
-                             (work.lines.table + token * num_lines) * kLineBytes + threadIdx.x % 8 * 16;
+// Rows that the senders of a block encode together, a token a block. Two of them in shared memory, each with all of its
+// record: while a warp still sends the one, others encode the next; the barrier of the next is behind all that sent
+// the one.
+template <Wire kWire, class T>
+struct Encoded {
+  // A warp's part of a token on its way from the operands.
+  struct Outgoing {
+    LaneEncoder<kWire, T> lane;
+    int destination;
+    float gate;
+
+    __device__ Outgoing() : lane(nullptr, 0, nullptr, nullptr, 0, 0), destination(-1), gate(0.f) {}
+  };
+
+  __device__ static int FirstUnit() { return blockIdx.x; }
+
+  __device__ __forceinline__ static void Load(const DispatchWork& work, int token, char* record, Outgoing& outgoing) {
+    const DispatchParams& p = work.params;
+    const Encoding& encoding = work.low_latency.encoding;
+    const int lane = threadIdx.x % 32, part = threadIdx.x / 32;
+    if (token >= p.num_tokens) return;
+    const char* const row = encoding.x + int64_t{token} * encoding.hidden * static_cast<int>(sizeof(T));
+    char* const scales = record + work.second_begin;
+    outgoing.lane = LaneEncoder<kWire, T>(row, encoding.hidden, record, scales, lane, part);
+    outgoing.lane.template Load<false>();
+    outgoing.destination = LoadDestination(work, token);
+    if (p.topk_weights != nullptr && lane < p.num_topk)
+      outgoing.gate = p.topk_weights[int64_t{token} * p.num_topk + lane];
+  }
+
+  // All of this warp's part into the record.
+  __device__ __forceinline__ static void Encode(const DispatchWork& work, Outgoing& outgoing, char* record) {
+    const int hidden = work.low_latency.encoding.hidden, lane = threadIdx.x % 32, part = threadIdx.x / 32;
+    EncodeLoaded<false>(outgoing.lane);
+    for (int step = part + kSenders; step * kStepColumns < hidden; step += kSenders) {
+      outgoing.lane.Advance(kSenders);
+      EncodeStep<false>(outgoing.lane);
+    }
+    if (part == 0 && work.params.topk_weights != nullptr && lane < work.params.num_topk)
+      reinterpret_cast<float*>(record + work.row_end)[lane] = outgoing.gate;
+  }
+
+  __device__ __forceinline__ static bool Send(const DispatchWork& work, const ArenaCall& call, char* record,
+                                              Outgoing& outgoing) {
+    const int warp = threadIdx.x / 32, num_tokens = work.params.num_tokens;
+    char* other = record + work.encoded_stride;
+    for (int token = FirstUnit(); token < num_tokens; token += gridDim.x) {
+      Encode(work, outgoing, record);
+      const uint32_t ranks = RanksOf(work, call, outgoing.destination);
+      Load(work, token + gridDim.x, other, outgoing);
+      const bool ready = token != FirstUnit() || AwaitReuse(call);
+      if (SyncSendersOr(!ready)) return false;
+      // Groups kSenders apart, kMaxGroups of them at once.
+      for (int group = warp; group * kGroupLines < work.lines.record; group += kSenders * kMaxGroups) {
+        uint4 bits[kMaxGroups];
 #pragma unroll
         for (int v = 0; v < kMaxGroups; ++v) {
-          const int line = (first + v * kSenders) * kGroupLines + LineInGroup();
-          if (line < num_lines) StoreLine(record + line * kLineBytes, bits[v]);
+          const int line = (group + v * kSenders) * kGroupLines + LineInGroup();
+          bits[v] = uint4{};
+          if (line < work.lines.record) bits[v] = LoadAligned<true>(record + UnitOffset(work.lines.record, line));
         }
+        StoreLines(work, call, token, ranks, group * kGroupLines, kSenders, kMaxGroups, bits);
       }
+      char* const sent = record;
+      record = other, other = sent;
     }
-    encoded += token / gridDim.x % 2 == 0 ? work.encoded_stride : -work.encoded_stride;
+    return true;
   }
-  return true;
-}
+};
 
-__device__ inline void WriteZeroRows(const DispatchWork& work, const PlacesShared& places, int num_local) {
+// ---- jobs: what is to do once the places are known. The blocks share them evenly, the warps of a block take them as
+// they have time: senders come late where there is much to send.
+
+// Receivers go on, the others wait for them.
+__device__ __forceinline__ void TellPlaces() { asm volatile("bar.arrive 3, %0;" ::"n"(kLowLatencyThreads) : "memory"); }
+__device__ __forceinline__ void AwaitPlaces() { asm volatile("bar.sync 3, %0;" ::"n"(kLowLatencyThreads) : "memory"); }
+
+// How many there are of each kind, in the order in which they are taken.
+struct Jobs {
+  int own;             // pieces of own rows
+  int padding, zeros;  // pieces of rows without a token: between groups, by group; then also behind them, by kZeroRows
+  int routing;         // counts, then tokens whose places are written
+  int lines;           // pieces of rows that come as lines
+
+  __device__ Jobs(const DispatchWork& work, const ArenaCall& call, const PlacesShared& places) {
+    const DispatchParams& p = work.params;
+    const int pieces = work.lines.record > 0 ? p.num_tokens * work.cut.pieces : 0;
+    const bool is_padded = p.layout == Layout::kBatched || (p.layout == Layout::kExpert && p.expert_alignment > 1);
+    const bool has_zeros = work.lines.record > 0 || p.recv_topk_idx != nullptr;
+    const int behind = p.layout == Layout::kBatched ? 0 : max(p.max_recv_tokens - places.words->end, 0);
+    own = work.own_lines ? 0 : pieces;
+    padding = has_zeros && is_padded ? work.num_local * work.zero_pieces : 0;
+    zeros = padding + (has_zeros ? (behind + kZeroRows - 1) / kZeroRows * work.zero_pieces : 0);
+    routing = work.has_table() ? 1 + call.num_ranks * p.num_tokens : 0;
+    lines = work.num_sources * pieces;
+  }
+};
+
+enum class Kind : int { kNothing, kOwnRow, kZeros, kCounts, kRouting, kLines, kNone };
+
+struct Job {
+  Kind kind;
+  int source, token, piece;
+  int row;  // where this lane's choice goes here, -1: nowhere; of rows
+};
+
+__device__ __forceinline__ Job TakeJob(const DispatchWork& work, const ArenaCall& call, const PlacesShared& places,
+                                       const Jobs& jobs) {
   const DispatchParams& p = work.params;
   const int lane = threadIdx.x % 32;
-  if (work.lines.record == 0 && p.recv_topk_idx == nullptr) return;
-  const int64_t num_units = static_cast<int64_t>(places.zero_before[num_local + 1]) * work.zero_pieces;
+  unsigned int ticket = 0;
+  if (lane == 0) ticket = atomicAdd(&places.words->next_job, 1u);
+  int index = static_cast<int>(__shfl_sync(~0u, ticket, 0) * gridDim.x + blockIdx.x);
+  Job job{Kind::kNone, call.rank, 0, 0, -1};
+  if (index < jobs.own) {
+    job.kind = Kind::kOwnRow;
+    job.token = work.by_pieces(index), job.piece = index - job.token * work.cut.pieces;
+  } else if ((index -= jobs.own) < jobs.zeros) {
+    job.kind = Kind::kZeros, job.piece = index;
+    return job;
+  } else if ((index -= jobs.zeros) < jobs.routing) {
+    job.kind = index == 0 ? Kind::kCounts : Kind::kRouting;
+    job.source = work.by_tokens(max(index - 1, 0)), job.token = index - 1 - job.source * p.num_tokens;
+    return job;
+  } else if ((index -= jobs.routing) < jobs.lines) {
+    // In the order in which they leave.
+    const int part = work.by_pieces(index);
+    job.kind = Kind::kLines;
+    job.piece = index - part * work.cut.pieces, job.token = work.by_sources(part);
+    job.source = call.rank - 1 - (part - job.token * work.num_sources);
+    if (job.source < 0) job.source += call.num_ranks;
+  } else {
+    return job;
+  }
+  if (work.has_table()) {
+    job.row = Find<Where::kHere>(work, call, places, job.source, job.token).row;
+  } else if (lane < p.num_topk) {
+    job.row = p.recv_slot[(int64_t{job.source} * p.num_tokens + job.token) * p.num_topk + lane];
+  }
+  return job;
+}
+
+__device__ __noinline__ void WriteZeros(const DispatchWork& work, PlacesShared places, int padding, int index) {
+  const DispatchParams& p = work.params;
+  const int lane = threadIdx.x % 32, piece = index % work.zero_pieces, capacity = p.max_recv_tokens;
   const int64_t row_bytes = work.first_bytes(), second_bytes = work.second_bytes();
-  int range = 0;
-  for (int64_t unit = blockIdx.x + gridDim.x * ReceiverWarp(); unit < num_units; unit += gridDim.x * kReceivers) {
-    const int index = static_cast<int>(unit / work.zero_pieces), piece = static_cast<int>(unit % work.zero_pieces);
-    while (index >= places.zero_before[range + 1]) ++range;
-    const int64_t row = places.zero_first[range] + (index - places.zero_before[range]);
-    const int64_t end = min(row_bytes, (int64_t{piece} + 1) * kZeroPiece);
-    for (int64_t offset = static_cast<int64_t>(piece) * kZeroPiece + lane * 16; offset < end; offset += 512) {
+  int64_t row, end;
+  if (index < padding) {
+    const int expert = index / work.zero_pieces, count = places.total[expert];
+    const int first = places.first[work.low_latency.arenas.rank * work.num_local + expert];
+    if (p.layout == Layout::kBatched) {
+      row = first + min(count, p.expert_capacity), end = first + p.expert_capacity;
+    } else {
+      row = first + count, end = min(first + Aligned(work, count), capacity);
+    }
+  } else {
+    row = places.words->end + int64_t{(index - padding) / work.zero_pieces} * kZeroRows;
+    end = min(row + kZeroRows, int64_t{capacity});
+  }
+  const int64_t from = static_cast<int64_t>(piece) * kZeroPiece, to = min(row_bytes, from + kZeroPiece);
+#pragma unroll 1
+  for (; row < end; ++row) {
+#pragma unroll 1
+    for (int64_t offset = from + lane * 16; offset < to; offset += 512) {
       *reinterpret_cast<uint4*>(p.rows[0].recv + row * row_bytes + offset) = uint4{};
     }
     if (piece != 0) continue;
-    for (int64_t i = lane; i < second_bytes; i += 32) p.rows[1].recv[row * second_bytes + i] = 0;
+    char* const second = p.rows[1].recv + row * second_bytes;
+    if (second_bytes % 4 == 0) {
+#pragma unroll 1
+      for (int64_t i = lane; i < second_bytes / 4; i += 32) reinterpret_cast<uint32_t*>(second)[i] = 0;
+    } else {
+#pragma unroll 1
+      for (int64_t i = lane; i < second_bytes; i += 32) second[i] = 0;
+    }
     const int num_choices = p.layout == Layout::kRank ? p.num_topk : 1;
     if (lane >= num_choices) continue;
     if (p.recv_weights != nullptr) p.recv_weights[row * num_choices + lane] = 0.f;
@@ -301,76 +458,67 @@ __device__ inline void WriteZeroRows(const DispatchWork& work, const PlacesShare
   }
 }
 
-// This lane's row of a token, one lane a row.
-__device__ __forceinline__ int DistinctRow(const DispatchParams& p, const int32_t* here) {
-  const int lane = threadIdx.x % 32, row = lane < p.num_topk ? here[lane] : -1;
-  if (p.layout != Layout::kRank) return row;
-  const uint32_t same = __match_any_sync(~0u, row);
-  return (same & ((1u << lane) - 1)) == 0 ? row : -1;
+__device__ __noinline__ void WriteRouting(const DispatchWork& work, const ArenaCall& call, PlacesShared places,
+                                          int source, int token) {
+  const DispatchParams& p = work.params;
+  const int lane = threadIdx.x % 32;
+  const Choice choice = Find<Where::kEverywhere>(work, call, places, source, token);
+  const int here = choice.rank == call.rank ? choice.row : -1, row = __reduce_max_sync(~0u, here);
+  if (lane >= p.num_topk) return;
+  p.recv_slot[(int64_t{source} * p.num_tokens + token) * p.num_topk + lane] = here;
+  if (source == call.rank)
+    p.slot[int64_t{token} * p.num_topk + lane] = choice.row >= 0 ? choice.rank * p.max_recv_tokens + choice.row : -1;
+  if (p.layout == Layout::kRank && row >= 0)
+    p.recv_topk_idx[int64_t{row} * p.num_topk + lane] =
+        choice.rank == call.rank ? choice.expert - call.rank * work.num_local : -1;
 }
 
-// Own rows, rows without a token, then the peers' in the order in which they leave.
-__device__ inline bool ReceiveRows(const DispatchWork& work, const ArenaCall& call, const PlacesShared& places) {
+// False: some lines did not come.
+__device__ __forceinline__ bool DoJobs(const DispatchWork& work, const ArenaCall& call, const PlacesShared& places) {
   const DispatchParams& p = work.params;
-  const int index = blockIdx.x + gridDim.x * ReceiverWarp(), stride = gridDim.x * kReceivers;
-  const int num_topk = p.num_topk, num_pieces = work.cut.pieces;
-  const int64_t choices = static_cast<int64_t>(p.num_tokens) * num_topk,
-                source_bytes = work.lines.SourceBytes(p.num_tokens);
-  const int32_t* const all_here = work.has_table() ? places.here : p.recv_slot;
-  uint4 bits[kMaxGroups];
-  if (!work.own_lines) {
-    for (int unit = index; unit < p.num_tokens * num_pieces; unit += stride) {
-      const int64_t token = unit / num_pieces;
-      const int first_line = unit % num_pieces * work.cut.lines();
-      const int32_t* const here = all_here + call.rank * choices + token * num_topk;
-      const int row = DistinctRow(p, here);
-      if (__ballot_sync(~0u, row >= 0) == 0) continue;
-      LoadPiece(work, token, first_line, bits);
-      StorePiece(work, here, row, first_line, bits);
-    }
-  }
-  WriteZeroRows(work, places, p.num_experts / call.num_ranks);
-  const int num_sources = work.own_lines ? call.num_ranks : call.num_ranks - 1;
-  const int64_t num_units = static_cast<int64_t>(num_sources) * p.num_tokens * num_pieces;
-  for (int64_t unit = index; unit < num_units; unit += stride) {
-    const int first_line = static_cast<int>(unit % num_pieces) * work.cut.lines();
-    const int64_t part = unit / num_pieces, token = part / num_sources;
-    const int source = (2 * call.num_ranks - 1 + call.rank - static_cast<int>(part % num_sources)) % call.num_ranks;
-    const int32_t* const here = all_here + source * choices + token * num_topk;
-    const int row = DistinctRow(p, here);
-    if (__ballot_sync(~0u, row >= 0) == 0) continue;
-    const char* const record = call.Lines(call.rank, source, source_bytes) +
-                               (work.lines.table + token * work.lines.record + first_line) * kLineBytes;
+  const Jobs jobs(work, call, places);
+  const int64_t source_bytes = work.lines.SourceBytes(p.num_tokens);
+  Job job{Kind::kNothing, 0, 0, 0, -1};
+  while (job.kind != Kind::kNone) {
+    const bool moves_row = __any_sync(~0u, job.row >= 0), awaits = moves_row && job.kind == Kind::kLines;
+    const int first_line = job.piece * work.cut.lines();
+    uint4 bits[kMaxGroups];
     const char* place[kMaxGroups];
+    if (awaits) {
+      const char* const record = call.Lines(call.rank, job.source, source_bytes) +
+                                 (work.lines.table + int64_t{job.token} * work.lines.record + first_line) * kLineBytes;
 #pragma unroll
-    for (int v = 0; v < kMaxGroups; ++v) {
-      const bool in_record = v < work.cut.groups && first_line + v * kGroupLines + LineInGroup() < work.lines.record;
-      place[v] = in_record ? record + v * kGroupBytes + threadIdx.x % 32 * 16 : nullptr;
+      for (int v = 0; v < kMaxGroups; ++v) {
+        const bool in_record = v < work.cut.groups && first_line + v * kGroupLines + LineInGroup() < work.lines.record;
+        place[v] = in_record ? record + v * kGroupBytes + threadIdx.x % 32 * 16 : nullptr;
+      }
+      LookForLines(place, bits);
+    } else if (moves_row) {
+      LoadPiece(work, job.token, first_line, bits);
+    } else if (job.kind == Kind::kZeros) {
+      WriteZeros(work, places, jobs.padding, job.piece);
+    } else if (job.kind == Kind::kRouting) {
+      WriteRouting(work, call, places, job.source, job.token);
+    } else if (job.kind == Kind::kCounts) {
+#pragma unroll 1
+      for (int e = threadIdx.x % 32; e < work.num_local; e += 32) p.counts[e] = places.total[e];
+      if (threadIdx.x % 32 == 0) p.counts[work.num_local] = places.words->end;
     }
-    if (!ReceiveLines(call, place, bits, [&](int) { return source; }, static_cast<int>(token))) return false;
-    StorePiece(work, here, row, first_line, bits);
+    // While the row is on its way.
+    const Job next = TakeJob(work, call, places, jobs);
+    if (awaits && !AwaitLines(call, place, bits, [&](int) { return job.source; }, job.token)) return false;
+    if (moves_row) StorePiece(work, job.row, first_line, bits);
+    job = next;
   }
   return true;
 }
 
-__device__ inline bool Receive(const DispatchWork& work, const ArenaCall& call, const PlacesShared& places) {
-  const DispatchParams& p = work.params;
-  if (work.has_table()) {
-    const bool sent = SendTable(work, call);
-    if (SyncReceiversOr(!sent) || !FindPlaces(work, call, places)) return false;
-  } else {
-    const int num_local = p.num_experts / call.num_ranks;
-    if (ReceiverWarp() == 0) FindZeroRows(work, p.counts, num_local, p.counts[num_local], places);
-    SyncReceivers();
-  }
-  return ReceiveRows(work, call, places);
-}
-
 // Results without a token in them, by blocks `block` of `num_blocks`.
-__device__ void ClearResults(const DispatchWork& work, const ArenaCall& call, int block, int num_blocks) {
+__device__ __noinline__ void ClearResults(const DispatchWork& work, const ArenaCall& call, int block, int num_blocks) {
   const DispatchParams& p = work.params;
   const auto clear = [&](void* bytes, int64_t num_bytes, int value) {
     const int64_t thread = static_cast<int64_t>(block) * kLowLatencyThreads + threadIdx.x;
+#pragma unroll 1
     for (int64_t i = thread; i < num_bytes / 4; i += static_cast<int64_t>(num_blocks) * kLowLatencyThreads)
       static_cast<int32_t*>(bytes)[i] = value;
     if (thread < num_bytes % 4) static_cast<char*>(bytes)[num_bytes / 4 * 4 + thread] = 0;
@@ -388,21 +536,40 @@ __device__ void ClearResults(const DispatchWork& work, const ArenaCall& call, in
 template <class Rows>
 __global__ void __launch_bounds__(kLowLatencyThreads, 1)
     LowLatencyDispatchKernel(const __grid_constant__ DispatchWork work) {
-  extern __shared__ __align__(16) int32_t shared[];
-  const ArenaCall call = BeginArenaCall(work.low_latency, work.params.operation, work.params.refused);
-  const PlacesShared places(work, shared, call.num_ranks);
+  extern __shared__ __align__(16) char shared[];
+  Mark(Moment::kBegan);
+  char* const encoded = shared + work.encoded_offset;
   const int warp = threadIdx.x / 32;
+  const bool is_sender = warp < kSenders, is_receiver = !is_sender && warp < kKeeper;
+  const bool sends_rows = is_sender && work.low_latency.half != Half::kDone && work.lines.record > 0;
+  // Operands come while the begin reads what it needs.
+  typename Rows::Outgoing outgoing;
+  uint4 table{};
+  if (sends_rows) Rows::Load(work, Rows::FirstUnit(), encoded, outgoing);
+  if (is_receiver && work.has_table()) table = LoadTableLines(work, ReceiverWarp());
+  const PlacesShared places(work, shared, work.low_latency.arenas.num_ranks);
+  if (threadIdx.x == kLowLatencyThreads - 1) places.words->next_job = 0;
+  const ArenaCall call = BeginArenaCall(work.low_latency, work.params.operation, work.params.refused);
+  Mark(Moment::kEpochKnown);
   bool failed = call.failed;
-  if (warp == kKeeper) {
-    Keep(call);
-  } else if (call.takes_part && warp < kSenders) {
-    if constexpr (Rows::kEncodes) {
-      failed = !SendEncodedRows<Rows>(work, call, reinterpret_cast<char*>(shared) + work.encoded_offset);
+  if (warp == kKeeper) Keep(call);
+  if (call.takes_part && sends_rows) {
+    failed = !Rows::Send(work, call, encoded, outgoing);
+    Mark(Moment::kRowsSent);
+  }
+  if (call.takes_part && call.receives) {
+    bool known;
+    if (is_receiver) {
+      known = FindPlaces(work, call, places, table);
+      if (ReceiverThread() == 0) places.words->known = known;
+      TellPlaces();
     } else {
-      failed = call.sends && work.lines.record > 0 && !SendRows(work, call);
+      AwaitPlaces();
+      known = places.words->known != 0;
+      Mark(Moment::kJoined);
     }
-  } else if (call.takes_part) {
-    failed = call.receives && !Receive(work, call, places);
+    failed = failed || !known || !DoJobs(work, call, places);
+    Mark(Moment::kLastJob);
   }
   if (!call.receives && call.sends) {
     if (blockIdx.x == 0 && threadIdx.x == 0) {
@@ -412,7 +579,9 @@ __global__ void __launch_bounds__(kLowLatencyThreads, 1)
     return;
   }
   if (!call.takes_part && !call.failed) ClearResults(work, call, blockIdx.x, gridDim.x);
-  if (LeaveFailed(call, failed)) ClearResults(work, call, 0, 1);
+  const bool clears = LeaveFailed(call, failed);
+  Mark(Moment::kLeft);
+  if (clears) ClearResults(work, call, 0, 1);
 }
 
 using Kernel = void (*)(DispatchWork);
@@ -432,21 +601,45 @@ Kernel KernelFor(RowDtype dtype, Wire wire) {
 
 int64_t RoundUp(int64_t value, int64_t to) { return DivideUp(value, to) * to; }
 
+int LowestBit(int64_t bytes) { return static_cast<int>(std::min<int64_t>(bytes & -bytes, 16)); }
+
 // What a call moves; its shape need not fit.
-DispatchWork MakeWork(const DispatchParams& p, int num_ranks, bool encodes) {
+DispatchWork MakeWork(const DispatchParams& p, int num_ranks, bool encodes, Half half) {
   DispatchWork work{};
   work.params = p;
-  work.gate_bytes = p.topk_weights != nullptr ? static_cast<int>(RoundUp(4ll * p.num_topk, 16)) : 0;
-  const int64_t record_bytes = work.first_bytes() + work.gate_bytes + work.second_bytes();
-  work.lines = CountLines(work.has_table() && num_ranks > 1, p.num_tokens, p.num_topk, record_bytes);
-  if (work.lines.record > 0) work.cut = CutRecord(work.lines.record, p.num_tokens);
+  const bool has_gates = p.topk_weights != nullptr;
+  work.row_end = static_cast<int>(work.first_bytes());
+  work.gates_end = work.row_end + (has_gates ? 4 * p.num_topk : 0);
+  work.second_begin = static_cast<int>(RoundUp(work.gates_end, 16));
+  work.second_end = work.second_begin + static_cast<int>(work.second_bytes());
+  work.gate_alignment = has_gates ? LowestBit(4ll * p.num_topk) : 16;
+  work.second_alignment = work.second_bytes() > 0 ? LowestBit(work.second_bytes()) : 16;
+  work.all_aligned = work.gate_alignment == 16 && work.second_alignment == 16;
+  work.lines = CountLines(work.has_table(), p.num_tokens, p.num_topk, work.second_end);
+  work.cut = work.lines.record > 0 ? CutRecord(work.lines.record, p.num_tokens) : Cut{1, 1};
+  work.num_local = p.num_experts / num_ranks;
   work.zero_pieces = static_cast<int>(std::max<int64_t>(DivideUp(work.first_bytes(), kZeroPiece), 1));
+  work.lines_a_part =
+      static_cast<int>(std::max<int64_t>(DivideUp(int64_t{num_ranks} * work.lines.table, kReceivers), 1));
+  work.own_lines = encodes || half != Half::kBoth;
+  work.num_sources = work.own_lines ? num_ranks : num_ranks - 1;
+  work.by_local = Divider(std::max(work.num_local, 1));
+  work.by_part = Divider(work.lines_a_part);
+  work.by_alignment = Divider(std::max(p.expert_alignment, 1));
+  work.by_pieces = Divider(work.cut.pieces);
+  work.by_tokens = Divider(p.num_tokens);
+  work.by_sources = Divider(std::max(work.num_sources, 1));
   work.encoded_offset = static_cast<int>(RoundUp(PlacesShared::Bytes(work, num_ranks), 16));
-  if (encodes) work.encoded_stride = static_cast<int>(RoundUp(work.first_bytes() + work.second_bytes(), 16));
+  if (encodes) work.encoded_stride = static_cast<int>(RoundUp(int64_t{work.lines.record} * kLinePayload, 16));
   return work;
 }
 
 int64_t SharedBytes(const DispatchWork& work) { return work.encoded_offset + 2ll * work.encoded_stride; }
+
+// Jobs of rows without a token, apart from padding between groups, at most.
+int64_t MostZeros(const DispatchWork& work) {
+  return DivideUp(work.params.max_recv_tokens, kZeroRows) * work.zero_pieces;
+}
 
 }  // namespace
 
@@ -459,9 +652,13 @@ int64_t LowLatencyDispatchBytes(const DispatchParams& p, int num_ranks, bool enc
   for (int i = 0; i < p.num_row_arrays; ++i) {
     if (p.rows[i].row_bytes >= 1 << 26) return 0;
   }
-  const DispatchWork work = MakeWork(p, num_ranks, encodes);
-  if (static_cast<int64_t>(p.num_tokens) * std::max(work.cut.pieces, 1) >= 1ll << 30) return 0;
-  if ((work.has_table() && choices >= kMaxShared) || SharedBytes(work) > kMaxShared) return 0;
+  if (p.operation != kDispatchCached && choices >= kMaxShared) return 0;
+  if (p.expert_alignment >= 1 << 19) return 0;
+  const DispatchWork work = MakeWork(p, num_ranks, encodes, Half::kBoth);
+  if (int64_t{num_ranks} * p.num_tokens * work.cut.pieces >= kMaxUnits || MostZeros(work) >= kMaxJobs ||
+      int64_t{work.num_local} * work.zero_pieces >= kMaxJobs)
+    return 0;
+  if (SharedBytes(work) > kMaxShared) return 0;
   return std::max<int64_t>(num_ranks * work.lines.SourceBytes(p.num_tokens), kLineBytes);
 }
 
@@ -486,19 +683,29 @@ cudaError_t LaunchLowLatencyDispatch(const DispatchParams& params, const LowLate
   const int num_ranks = low_latency.arenas.num_ranks;
   const Encoding& encoding = low_latency.encoding;
   const bool encodes = encoding.x != nullptr;
-  DispatchWork work = MakeWork(params, num_ranks, encodes);
+  DispatchWork work = MakeWork(params, num_ranks, encodes, low_latency.half);
   work.low_latency = low_latency;
-  work.own_lines = encodes || low_latency.half != Half::kBoth;
-  const int64_t sent = static_cast<int64_t>(params.num_tokens) * (encodes ? kReceivers : work.cut.pieces);
-  const int64_t zero = work.lines.record == 0 ? 0 : static_cast<int64_t>(params.max_recv_tokens) * work.zero_pieces;
-  const int64_t received = low_latency.half == Half::kStart ? 0 : std::max(num_ranks * sent, zero);
-  const int64_t choices = work.has_table() ? int64_t{num_ranks} * params.num_tokens * params.num_topk : 0;
-  const int64_t wanted = std::max(DivideUp(std::max(sent, received), kReceivers), DivideUp(choices, kReceiverThreads));
+  // Few tokens take few blocks: as many as have a job for each receiver.
+  const int64_t pieces = work.lines.record > 0 ? static_cast<int64_t>(params.num_tokens) * work.cut.pieces : 0;
+  const int64_t sent = encodes ? int64_t{params.num_tokens} * kReceivers : pieces;
+  const int64_t zeros = work.lines.record == 0 ? 0 : MostZeros(work);
+  const int64_t received = low_latency.half == Half::kStart ? 0 : std::max(num_ranks * pieces, zeros);
+  const int64_t routed = work.has_table() ? int64_t{num_ranks} * params.num_tokens : 0;
+  const int64_t wanted = DivideUp(std::max({sent, received, routed}), kReceivers);
   const int num_blocks = static_cast<int>(std::max<int64_t>(1, std::min<int64_t>(wanted, config.num_sms)));
   const Kernel kernel =
       encodes ? KernelFor(encoding.dtype, static_cast<Wire>(encoding.wire)) : LowLatencyDispatchKernel<AsTheyAre>;
   kernel<<<num_blocks, kLowLatencyThreads, SharedBytes(work), stream>>>(work);
   return cudaGetLastError();
 }
+
+#ifdef JAX_EP_CLOCKS
+cudaError_t ReadDispatchClocks(unsigned long long* clocks) {
+  cudaError_t error = cudaMemcpyFromSymbol(clocks, g_clocks, sizeof g_clocks);
+  void* place = nullptr;
+  if (error == cudaSuccess) error = cudaGetSymbolAddress(&place, g_clocks);
+  return error == cudaSuccess ? cudaMemset(place, 0, sizeof g_clocks) : error;
+}
+#endif
 
 }  // namespace jax_ep

@@ -1,6 +1,6 @@
 // The XLA FFI handlers of low-latency calls: they check shapes, find the arena, then launch. Operands and results are
 // those of dispatch/dispatch_ffi.cc and combine/combine_ffi.cc, but for the halves, which leave what is in flight in
-// the windows: of the arrays [R, T, ...] between them only the first 16 bytes of the first one count.
+// the windows: of the arrays [T, ...] between them only the first 16 bytes of the first one count.
 //
 //   jax_ep_low_latency_...
 //     notify           topk_idx                         -> slot, recv_slot, counts, recv_topk_idx ("rank")
@@ -109,9 +109,8 @@ ffi::Error Dispatch(cudaStream_t stream, int32_t device, ffi::RunId run, ffi::Sp
   for (int64_t i = 0; !encodes && i < num_rows; ++i) {
     const auto x = args.get<ffi::AnyBuffer>(i);
     const auto recv = rets.get<ffi::AnyBuffer>(i);
-    const int64_t x_rows = half == Half::kDone ? num_ranks * p.num_tokens : p.num_tokens;
-    const int64_t recv_rows = half == Half::kStart ? num_ranks * p.num_tokens : max_recv_tokens;
-    p.rows[i] = {Data<char>(*x), Data<char>(**recv), static_cast<int64_t>(x->size_bytes()) / x_rows};
+    const int64_t recv_rows = half == Half::kStart ? p.num_tokens : max_recv_tokens;
+    p.rows[i] = {Data<char>(*x), Data<char>(**recv), static_cast<int64_t>(x->size_bytes()) / p.num_tokens};
     if (static_cast<int64_t>((*recv)->size_bytes()) != p.rows[i].row_bytes * recv_rows) {
       return InvalidArgument(kName, "a result must have rows of its operand's size");
     }
@@ -186,11 +185,10 @@ ffi::Error Combine(cudaStream_t stream, int32_t device, ffi::RunId run, ffi::Spa
       default:
         return InvalidArgument(kName, "y must be bf16, f16 or f32");
     }
-    const int64_t y_rows = half == Half::kDone ? num_ranks * p.num_tokens : max_recv_tokens;
-    const int64_t out_rows = half == Half::kStart ? num_ranks * p.num_tokens : p.num_tokens;
+    const int64_t y_rows = half == Half::kDone ? p.num_tokens : max_recv_tokens;
     p.y = Data<char>(*y);
     p.out = Data<char>(**out);
-    p.row_bytes = static_cast<int64_t>((*out)->size_bytes()) / out_rows;
+    p.row_bytes = static_cast<int64_t>((*out)->size_bytes()) / p.num_tokens;
     if (static_cast<int64_t>(y->size_bytes()) != p.row_bytes * y_rows) {
       return InvalidArgument(kName, "y must have rows of the result's size");
     }

@@ -1,60 +1,93 @@
 // The routing of a low-latency dispatch: tables out, tables in, and every row's place, found by every block for itself.
-// The receiving warps of a block call these together. Neighbour: dispatch/notify.cuh does it by counts.
+// The receiving warps of a block call these together, up to Find, which is any warp's. Neighbour: dispatch/notify.cuh
+// does it by counts.
 #pragma once
 
 #include "device/warp.cuh"
+#include "low_latency/clocks.cuh"
 #include "low_latency/lines.cuh"
 
 namespace jax_ep {
 
 constexpr int kReceiverThreads = 32 * kReceivers;
+constexpr int kLineEntries = kLineBytes / 2;  // of a table's line in shared memory, kLineChoices of them choices
+
+// x / by for x and by below 2^20, in three instructions.
+struct Divider {
+  float inverse = 1.f;
+
+  Divider() = default;
+  explicit Divider(int by) : inverse(1.f / static_cast<float>(by)) {}
+  __device__ __forceinline__ int operator()(int x) const {
+    return static_cast<int>((static_cast<float>(x) + 0.5f) * inverse);
+  }
+};
 
 struct DispatchWork {
   DispatchParams params;
   LowLatencyParams low_latency;
   LineCounts lines;
   Cut cut;
-  int gate_bytes;   // of a record: behind the first row, a multiple of 16; the second row comes last
-  int zero_pieces;  // that a zero row is cut into
+  // Where in a record the first row ends, then the gates; where the second row begins and ends.
+  int row_end, gates_end, second_begin, second_end;
+  int gate_alignment, second_alignment;  // of a token's gates in topk_weights, of a second row; at most 16
+  bool all_aligned;                      // to 16 bytes, all of them
+  int num_local;                         // experts of a rank
+  int zero_pieces;                       // that a zero row is cut into
+  int lines_a_part;                      // of all tables, by which a warp counts
+  Divider by_local, by_part, by_alignment, by_pieces, by_tokens, by_sources;
+  int num_sources;  // of lines with rows
   bool own_lines;   // own rows go through the own window: they are not at hand, or not as they will be
-  int encoded_offset, encoded_stride;  // of the two rows that the senders encode, in shared memory
+  int encoded_offset, encoded_stride;  // of the two records that the senders encode, in shared memory
 
   __host__ __device__ bool has_table() const { return params.operation != kDispatchCached; }
   __host__ __device__ int64_t first_bytes() const { return params.num_row_arrays > 0 ? params.rows[0].row_bytes : 0; }
   __host__ __device__ int64_t second_bytes() const { return params.num_row_arrays > 1 ? params.rows[1].row_bytes : 0; }
-  // Of layout "rank" the places are per rank: bins behind those of the experts.
-  __host__ __device__ int num_bins(int num_ranks) const {
-    return params.num_experts + (params.layout == Layout::kRank ? num_ranks : 0);
-  }
 };
 
-// A block's shared memory, all of it s32.
+// A block's shared memory. Layout "rank" has `ranks` and no `index`, and of `first` nothing is used.
 struct PlacesShared {
-  int32_t* zero_first;   // [L + 1]: zero rows of the result begin here ...
-  int32_t* zero_before;  // [L + 2]: ... and so many are in the ranges before
-  int32_t* here;         // [R, T, K]: expert of each choice, then its row on this rank or -1
-  int32_t* hist;         // [kReceivers][num_bins]: of a warp's choices, then those before them
-  int32_t* total;        // [num_bins]
-  int32_t* first;        // [E]: first row of the expert's group, then [R] ends
-  int32_t* token_row;    // [kReceivers][32][R]: layout "rank"
+  struct Words {
+    unsigned int next_job;  // of this block, counted from 0
+    int32_t known;          // whether the places were found
+    int32_t end;            // rows wanted here, padding included; "batched": their number
+    int32_t none;
+  };
+  Words* words;
+  int16_t* tables;  // [R, lines, kLineEntries]: all tables, line by line
+  uint16_t* index;  // the same: choices of the part with the same expert before this one
+  int32_t* before;  // [kReceivers, E], choices of an expert before those of a warp's part; layout "rank": [groups of 32
+                    // tokens, R], rows on a rank before those of the group
+  uint32_t* ranks;  // [groups of 32 tokens, 32]: ranks of a token, a bit each
+  int32_t* total;   // [L]: rows wanted by each local expert
+  int32_t* first;   // [E]: first row of the expert's group on its rank; of a known handle for the local ones
+  char* end;
 
-  __host__ __device__ PlacesShared(const DispatchWork& work, int32_t* shared, int num_ranks) {
+  __host__ __device__ PlacesShared(const DispatchWork& work, void* shared, int num_ranks) {
     const DispatchParams& p = work.params;
-    const int num_bins = work.num_bins(num_ranks);
-    zero_first = shared;
-    zero_before = zero_first + p.num_experts / num_ranks + 1;
-    here = zero_before + p.num_experts / num_ranks + 2;
-    hist = here + static_cast<int64_t>(num_ranks) * p.num_tokens * p.num_topk;
-    total = hist + kReceivers * num_bins;
-    first = total + num_bins;
-    token_row = first + p.num_experts + num_ranks;
+    const bool has_table = work.has_table(), by_rank = p.layout == Layout::kRank;
+    const int num_entries = num_ranks * work.lines.table * kLineEntries;
+    const int num_groups = has_table && by_rank ? NumGroups(work, num_ranks) : 0;
+    const int num_parts = has_table && !by_rank ? kReceivers : 0;
+    words = static_cast<Words*>(shared);
+    tables = reinterpret_cast<int16_t*>(words + 1);
+    index = reinterpret_cast<uint16_t*>(tables + num_entries);
+    before = reinterpret_cast<int32_t*>(index + (by_rank ? 0 : num_entries));
+    ranks = reinterpret_cast<uint32_t*>(before + num_groups * num_ranks + num_parts * p.num_experts);
+    total = reinterpret_cast<int32_t*>(ranks + num_groups * 32);
+    first = total + work.num_local;
+    end = reinterpret_cast<char*>(first + p.num_experts);
+  }
+  __host__ __device__ static int NumGroups(const DispatchWork& work, int num_ranks) {
+    return (num_ranks * work.params.num_tokens + 31) / 32;
   }
   __host__ static int64_t Bytes(const DispatchWork& work, int num_ranks) {
-    const PlacesShared places(work, nullptr, num_ranks);
-    const int32_t* const end =
-        !work.has_table() ? places.here
-                          : places.token_row + (work.params.layout == Layout::kRank ? kReceivers * 32 * num_ranks : 0);
-    return reinterpret_cast<int64_t>(end);
+    return reinterpret_cast<int64_t>(PlacesShared(work, nullptr, num_ranks).end);
+  }
+
+  // The expert of a token's choice, or -1.
+  __device__ __forceinline__ int Expert(const DispatchWork& work, int source, int choice) const {
+    return tables[(source * work.lines.table + choice / kLineChoices) * kLineEntries + choice % kLineChoices];
   }
 };
 
@@ -78,270 +111,303 @@ __device__ __forceinline__ int LoadExpert(const DispatchParams& p, int64_t choic
   return expert >= 0 && expert < p.num_experts ? expert : -1;
 }
 
-// This rank's table to every peer, its lines shared out over the grid. False: some window does not get free.
-__device__ inline bool SendTable(const DispatchWork& work, const ArenaCall& call) {
+// This lane's 16 bytes of four lines of this rank's table, without their epoch; the loads are independent.
+__device__ __forceinline__ uint4 LoadTableLines(const DispatchWork& work, int group) {
   const DispatchParams& p = work.params;
-  const int num_peers = call.num_ranks - 1, num_groups = static_cast<int>(DivideUp(work.lines.table, kGroupLines));
-  const int num_choices = p.num_tokens * p.num_topk;
-  bool ready = false;
-  for (int i = blockIdx.x + gridDim.x * ReceiverWarp(); i < num_groups * num_peers; i += gridDim.x * kReceivers) {
-    const int line = i / num_peers * kGroupLines + LineInGroup();
-    const int begin = line * kLineChoices + static_cast<int>(threadIdx.x % 8) * 8;
-    uint32_t words[4];
+  const int begin = (group * kGroupLines + LineInGroup()) * kLineChoices + static_cast<int>(threadIdx.x % 8) * 8;
+  const int end = min(p.num_tokens * p.num_topk, begin + (IsTail() ? 4 : 8));
+  uint32_t words[4];
 #pragma unroll
-    for (int j = 0; j < 4; ++j) {
-      const bool in_line = !(IsTail() && j >= 2);
-      const int low = in_line && begin + 2 * j < num_choices ? LoadExpert(p, begin + 2 * j) : -1;
-      const int high = in_line && begin + 2 * j + 1 < num_choices ? LoadExpert(p, begin + 2 * j + 1) : -1;
-      words[j] = static_cast<uint32_t>(high) << 16 | (static_cast<uint32_t>(low) & 0xffff);
-    }
-    uint4 bits[1] = {make_uint4(words[0], words[1], words[2], words[3])};
+  for (int j = 0; j < 4; ++j) {
+    const int low = begin + 2 * j < end ? LoadExpert(p, begin + 2 * j) : -1;
+    const int high = begin + 2 * j + 1 < end ? LoadExpert(p, begin + 2 * j + 1) : -1;
+    words[j] = static_cast<uint32_t>(high) << 16 | (static_cast<uint32_t>(low) & 0xffff);
+  }
+  return make_uint4(words[0], words[1], words[2], words[3]);
+}
+
+// Own table into shared memory and, each group of lines by one block, to every peer. `loaded` is the group of this
+// warp's number. False: some window does not get free.
+__device__ __forceinline__ bool SendTable(const DispatchWork& work, const ArenaCall& call, const PlacesShared& places,
+                                          uint4 loaded) {
+  const int num_groups = static_cast<int>(DivideUp(work.lines.table, kGroupLines));
+  const int64_t source_bytes = work.lines.SourceBytes(work.params.num_tokens);
+  char* const own =
+      reinterpret_cast<char*>(places.tables) + static_cast<int64_t>(call.rank) * work.lines.table * kLineBytes;
+  bool ready = false;
+#pragma unroll 1
+  for (int group = ReceiverWarp(); group < num_groups; group += kReceivers) {
+    const int line = group * kGroupLines + LineInGroup();
+    const int place = line * kLineBytes + static_cast<int>(threadIdx.x % 8) * 16;
+    uint4 bits[1] = {group < kReceivers ? loaded : LoadTableLines(work, group)};
     SetEpoch(call, bits);
-    if (!ready && !(ready = AwaitReuse(call))) return false;
-    const int peer = (call.rank + 1 + i % num_peers) % call.num_ranks;
-    char* const table = call.Lines(peer, call.rank, work.lines.SourceBytes(p.num_tokens));
-    if (line < work.lines.table) StoreLine(table + line * kLineBytes + threadIdx.x % 8 * 16, bits[0]);
+#pragma unroll 1
+    for (int n = 1; n < call.num_ranks; ++n) {
+      if ((group * (call.num_ranks - 1) + n - 1) % gridDim.x != blockIdx.x) continue;
+      if (!ready && !(ready = AwaitReuse(call))) return false;
+      const int peer = call.rank + n < call.num_ranks ? call.rank + n : call.rank + n - call.num_ranks;
+      __syncwarp();  // the lanes of a line store together
+      if (line < work.lines.table) StoreLine(call.Lines(peer, call.rank, source_bytes) + place, bits[0]);
+    }
+    if (line < work.lines.table) *reinterpret_cast<uint4*>(own + place) = bits[0];
   }
   return true;
 }
 
-// Everybody's tables into `here`. False: some rank's did not come.
-__device__ inline bool ReceiveTables(const DispatchWork& work, const ArenaCall& call, const PlacesShared& places) {
-  const DispatchParams& p = work.params;
-  const int num_choices = p.num_tokens * p.num_topk, num_peers = call.num_ranks - 1;
-  for (int i = ReceiverThread(); i < num_choices; i += kReceiverThreads) {
-    places.here[static_cast<int64_t>(call.rank) * num_choices + i] = LoadExpert(p, i);
-  }
+// The peers' tables into shared memory. False: some rank's did not come.
+__device__ __forceinline__ bool ReceiveTables(const DispatchWork& work, const ArenaCall& call,
+                                              const PlacesShared& places) {
+  const int num_peers = call.num_ranks - 1;
   const int num_pieces = static_cast<int>(DivideUp(work.lines.table, kMaxGroups * kGroupLines));
+  const int64_t source_bytes = work.lines.SourceBytes(work.params.num_tokens);
+#pragma unroll 1
   for (int i = ReceiverWarp(); i < num_pieces * num_peers; i += kReceivers) {
     const int source = (call.rank + call.num_ranks - 1 - i % num_peers) % call.num_ranks;
     const int first = i / num_peers * kMaxGroups * kGroupLines + LineInGroup();
-    const char* const table = call.Lines(call.rank, source, work.lines.SourceBytes(p.num_tokens));
+    const int in_line = static_cast<int>(threadIdx.x % 8) * 16;
+    const char* const from = call.Lines(call.rank, source, source_bytes) + in_line;
+    char* const to =
+        reinterpret_cast<char*>(places.tables) + static_cast<int64_t>(source) * work.lines.table * kLineBytes + in_line;
     const char* place[kMaxGroups];
     uint4 bits[kMaxGroups];
 #pragma unroll
     for (int v = 0; v < kMaxGroups; ++v) {
       const int line = first + v * kGroupLines;
-      place[v] = line < work.lines.table ? table + line * kLineBytes + threadIdx.x % 8 * 16 : nullptr;
+      place[v] = line < work.lines.table ? from + line * kLineBytes : nullptr;
     }
     if (!ReceiveLines(call, place, bits, [&](int) { return source; }, 0)) return false;
 #pragma unroll
     for (int v = 0; v < kMaxGroups; ++v) {
-      if (place[v] == nullptr) continue;
-      const int begin = (first + v * kGroupLines) * kLineChoices + static_cast<int>(threadIdx.x % 8) * 8;
-      const uint32_t words[4] = {bits[v].x, bits[v].y, bits[v].z, bits[v].w};
-      int32_t* const experts = places.here + static_cast<int64_t>(source) * num_choices + begin;
-#pragma unroll
-      for (int j = 0; j < 8; ++j) {
-        if ((IsTail() && j >= 4) || begin + j >= num_choices) continue;
-        experts[j] = static_cast<int16_t>(words[j / 2] >> (j % 2 * 16));
-      }
+      if (place[v] != nullptr) *reinterpret_cast<uint4*>(to + (first + v * kGroupLines) * kLineBytes) = bits[v];
     }
   }
   return true;
 }
 
-// Choices of each warp's part of all choices, in order: part w comes before part w + 1.
-struct Part {
-  int begin, end;
+__device__ __forceinline__ int Aligned(const DispatchWork& work, int count) {
+  const int alignment = work.params.expert_alignment;
+  return work.by_alignment(count + alignment - 1) * alignment;
+}
 
-  __device__ Part(int count) {
-    const int warp = ReceiverWarp();
-    begin = static_cast<int>(static_cast<int64_t>(count) * warp / kReceivers);
-    end = static_cast<int>(static_cast<int64_t>(count) * (warp + 1) / kReceivers);
-  }
-};
-
-__device__ inline void CountChoices(const DispatchWork& work, const ArenaCall& call, const PlacesShared& places) {
+// First row of each of a rank's groups, from the counts of its experts; where the last one ends ("batched": their sum).
+// By one warp, which takes each count once.
+template <class TakeCount>
+__device__ __forceinline__ int FindGroups(const DispatchWork& work, int32_t* first, const TakeCount& take_count) {
+  constexpr int kScans = 4;  // beside each other: a scan is a chain of shuffles
   const DispatchParams& p = work.params;
-  const int lane = threadIdx.x % 32, num_bins = work.num_bins(call.num_ranks),
-            num_local = p.num_experts / call.num_ranks;
-  int32_t* const hist = places.hist + ReceiverWarp() * num_bins;
-  for (int bin = lane; bin < num_bins; bin += 32) hist[bin] = 0;
-  __syncwarp();
-  if (p.layout != Layout::kRank) {
-    const Part part(call.num_ranks * p.num_tokens * p.num_topk);
-    for (int i = part.begin + lane; i < part.end; i += 32) {
-      if (places.here[i] >= 0) atomicAdd(&hist[places.here[i]], 1);
+  const int lane = threadIdx.x % 32;
+  const bool aligns = p.layout == Layout::kExpert && p.expert_alignment > 1;
+  int end = 0;
+#pragma unroll 1
+  for (int base = lane; base - lane < work.num_local; base += 32 * kScans) {
+    int size[kScans], upto[kScans];
+#pragma unroll
+    for (int v = 0; v < kScans; ++v) {
+      const int expert = base + 32 * v;
+      const int count = expert < work.num_local ? take_count(expert) : 0;
+      upto[v] = size[v] = aligns ? Aligned(work, count) : count;
     }
-  } else {
-    const Part part(call.num_ranks * p.num_tokens);
-    for (int token = part.begin + lane; token < part.end; token += 32) {
-      uint32_t ranks = 0;
-      for (int k = 0; k < p.num_topk; ++k) {
-        const int expert = places.here[token * p.num_topk + k];
-        if (expert < 0) continue;
-        atomicAdd(&hist[expert], 1);
-        ranks |= 1u << (expert / num_local);
+#pragma unroll
+    for (int distance = 1; distance < 32; distance *= 2) {
+#pragma unroll
+      for (int v = 0; v < kScans; ++v) {
+        const int other = __shfl_up_sync(~0u, upto[v], distance);
+        if (lane >= distance) upto[v] += other;
       }
-      for (; ranks != 0; ranks &= ranks - 1) atomicAdd(&hist[p.num_experts + __ffs(ranks) - 1], 1);
+    }
+#pragma unroll
+    for (int v = 0; v < kScans; ++v) {
+      const int expert = base + 32 * v;
+      if (expert < work.num_local)
+        first[expert] = p.layout == Layout::kBatched ? expert * p.expert_capacity : end + upto[v] - size[v];
+      end += __shfl_sync(~0u, upto[v], 31);
+    }
+  }
+  return end;
+}
+
+// ---- layouts "expert" and "batched": a row a choice. A warp counts a part of all lines, part w before part w + 1.
+
+__device__ __forceinline__ void CountChoices(const DispatchWork& work, const ArenaCall& call,
+                                             const PlacesShared& places) {
+  const int lane = threadIdx.x % 32;
+  int32_t* const counts = places.before + ReceiverWarp() * work.params.num_experts;
+  const int num_lines = call.num_ranks * work.lines.table, begin = ReceiverWarp() * work.lines_a_part;
+  const int end = min(num_lines, begin + work.lines_a_part);
+#pragma unroll 1
+  for (int line = begin; line < end; ++line) {
+#pragma unroll
+    for (int in_line = lane; in_line < kLineEntries; in_line += 32) {
+      const int entry = line * kLineEntries + in_line, expert = in_line < kLineChoices ? places.tables[entry] : -1;
+      const uint32_t same = __match_any_sync(~0u, expert);
+      const int earlier = __popc(same & ((1u << lane) - 1));
+      const int counted = expert >= 0 ? counts[expert] : 0;
+      __syncwarp();
+      if (expert >= 0 && earlier == 0) counts[expert] = counted + __popc(same);
+      __syncwarp();
+      places.index[entry] = static_cast<uint16_t>(counted + earlier);
     }
   }
 }
 
-// Totals, and in `hist` how many come before each warp's part.
-__device__ inline void SumParts(const DispatchWork& work, int num_bins, const PlacesShared& places) {
-  for (int bin = ReceiverThread(); bin < num_bins; bin += kReceiverThreads) {
-    int sum = 0;
-    for (int warp = 0; warp < kReceivers; ++warp) {
-      int32_t* const count = &places.hist[warp * num_bins + bin];
-      const int before = sum;
-      sum += *count;
-      *count = before;
-    }
-    places.total[bin] = sum;
-  }
-}
-
-// First row of each expert's group on its rank, and after them the ends of the ranks' groups ("batched": their sums).
-__device__ inline void FindGroups(const DispatchWork& work, const ArenaCall& call, const PlacesShared& places) {
-  const DispatchParams& p = work.params;
-  const int lane = threadIdx.x % 32, num_local = p.num_experts / call.num_ranks;
-  const int alignment = p.layout == Layout::kExpert ? p.expert_alignment : 1;
+// Counts of parts become counts before them, their sums the groups.
+__device__ __forceinline__ void SumChoices(const DispatchWork& work, const ArenaCall& call,
+                                           const PlacesShared& places) {
+  constexpr int kAtOnce = 4;
+  static_assert(kReceivers % kAtOnce == 0);
+  const int num_experts = work.params.num_experts;
+  const int num_parts = static_cast<int>(DivideUp(call.num_ranks * work.lines.table, work.lines_a_part));
+#pragma unroll 1
   for (int rank = ReceiverWarp(); rank < call.num_ranks; rank += kReceivers) {
-    int end = 0;
-    for (int e = lane; e - lane < num_local; e += 32) {
-      const int expert = rank * num_local + e, count = e < num_local ? places.total[expert] : 0;
-      int sum;
-      const int offset = WarpScan((count + alignment - 1) / alignment * alignment, &sum);
-      if (e < num_local) places.first[expert] = p.layout == Layout::kBatched ? e * p.expert_capacity : end + offset;
-      end += sum;
-    }
-    if (lane == 0) places.first[p.num_experts + rank] = end;
+    const auto take_count = [&](int expert) {
+      int sum = 0;
+      int32_t* count = places.before + rank * work.num_local + expert;
+#pragma unroll 1
+      for (int part = 0; part < num_parts; part += kAtOnce, count += kAtOnce * num_experts) {
+        int counts[kAtOnce];
+#pragma unroll
+        for (int i = 0; i < kAtOnce; ++i) counts[i] = count[i * num_experts];
+#pragma unroll
+        for (int i = 0; i < kAtOnce; ++i) count[i * num_experts] = sum, sum += counts[i];
+      }
+      if (rank == call.rank) places.total[expert] = sum;
+      return sum;
+    };
+    const int end = FindGroups(work, places.first + rank * work.num_local, take_count);
+    if (rank == call.rank && threadIdx.x % 32 == 0) places.words->end = end;
   }
 }
 
-// Where the rows without a token are, from the counts of the local experts and the rows wanted here. By one warp.
-__device__ inline void FindZeroRows(const DispatchWork& work, const int32_t* counts, int num_local, int rows_wanted,
-                                    const PlacesShared& places) {
-  const DispatchParams& p = work.params;
-  const int lane = threadIdx.x % 32, capacity = p.max_recv_tokens;
-  int end = 0, before = 0;
-  for (int e = lane; e - lane <= num_local; e += 32) {
-    int begin = 0, length = 0;
-    if (p.layout == Layout::kExpert) {
-      const int count = e < num_local ? counts[e] : 0;
-      const int aligned = (count + p.expert_alignment - 1) / p.expert_alignment * p.expert_alignment;
-      int sum;
-      const int start = end + WarpScan(aligned, &sum);
-      end += sum;
-      begin = min(start + count, capacity);
-      length = e > num_local ? 0 : (e < num_local ? min(start + aligned, capacity) : capacity) - begin;
-    } else if (p.layout == Layout::kBatched) {
-      const int count = e < num_local ? min(counts[e], p.expert_capacity) : 0;
-      begin = e * p.expert_capacity + count;
-      length = e < num_local ? p.expert_capacity - count : 0;
-    } else if (e == 0) {
-      begin = min(rows_wanted, capacity);
-      length = capacity - begin;
-    }
-    int sum;
-    const int offset = before + WarpScan(length, &sum);
-    before += sum;
-    if (e <= num_local) places.zero_first[e] = begin, places.zero_before[e] = offset;
-  }
-  if (lane == 0) places.zero_before[num_local + 1] = before;
-}
+// ---- layout "rank": a row a (token, rank). A warp counts groups of 32 tokens, of all ranks in order.
 
-// Layouts "expert" and "batched": experts become rows, which this block's share of writes into the results.
-__device__ inline void PlaceChoices(const DispatchWork& work, const ArenaCall& call, const PlacesShared& places) {
+__device__ __forceinline__ void CountTokens(const DispatchWork& work, const ArenaCall& call,
+                                            const PlacesShared& places) {
   const DispatchParams& p = work.params;
-  const int lane = threadIdx.x % 32, num_local = p.num_experts / call.num_ranks, mine = p.num_tokens * p.num_topk;
-  const Part part(call.num_ranks * mine);
-  int32_t* const next = places.hist + ReceiverWarp() * p.num_experts;
-  unsigned int turn = ReceiverWarp();
-  for (int base = part.begin; base < part.end; base += 32, turn += kReceivers) {
-    const int i = base + lane;
-    const int expert = i < part.end ? places.here[i] : -1;
-    const uint32_t same = __match_any_sync(~0u, expert);
-    const int position = __popc(same & ((1u << lane) - 1));
-    int row = expert >= 0 ? places.first[expert] + next[expert] + position : -1;
-    __syncwarp();
-    if (expert >= 0 && position == 0) next[expert] += __popc(same);
-    __syncwarp();
-    const int rank = expert >= 0 ? expert / num_local : -1;
-    const int limit = p.layout == Layout::kBatched ? (expert % num_local + 1) * p.expert_capacity : p.max_recv_tokens;
-    if (row >= limit) row = -1;
-    if (i >= part.end) continue;
-    const int here = rank == call.rank ? row : -1;
-    places.here[i] = here;
-    if (turn % gridDim.x != blockIdx.x) continue;
-    p.recv_slot[i] = here;
-    if (i / mine == call.rank) p.slot[i % mine] = row >= 0 ? rank * p.max_recv_tokens + row : -1;
-  }
-}
-
-// Layout "rank": one row a (token, rank), named by all its choices there, with whose experts it is filed.
-__device__ inline void PlaceTokens(const DispatchWork& work, const ArenaCall& call, const PlacesShared& places) {
-  const DispatchParams& p = work.params;
-  const int lane = threadIdx.x % 32, num_local = p.num_experts / call.num_ranks, num_topk = p.num_topk;
-  const Part part(call.num_ranks * p.num_tokens);
-  int32_t* const next = places.hist + ReceiverWarp() * work.num_bins(call.num_ranks) + p.num_experts;
-  int32_t* const token_row = places.token_row + ReceiverWarp() * 32 * call.num_ranks;
-  unsigned int turn = ReceiverWarp();
-  for (int base = part.begin; base < part.end; base += 32, turn += kReceivers) {
-    const int token = base + lane;
+  const int lane = threadIdx.x % 32, num_groups = PlacesShared::NumGroups(work, call.num_ranks);
+#pragma unroll 1
+  for (int group = ReceiverWarp(); group < num_groups; group += kReceivers) {
+    const int source = work.by_tokens(group * 32 + lane);
+    const int token = group * 32 + lane - source * p.num_tokens;
     uint32_t ranks = 0;
-    for (int k = 0; k < num_topk && token < part.end; ++k) {
-      const int expert = places.here[token * num_topk + k];
-      if (expert >= 0) ranks |= 1u << (expert / num_local);
+#pragma unroll 1
+    for (int k = 0; k < p.num_topk && source < call.num_ranks; ++k) {
+      const int expert = places.Expert(work, source, token * p.num_topk + k);
+      if (expert < 0) continue;
+      const int rank = work.by_local(expert);
+      ranks |= 1u << rank;
+      if (rank == call.rank) atomicAdd(&places.total[expert - rank * work.num_local], 1);
     }
+    places.ranks[group * 32 + lane] = ranks;
+    int count = 0;
+#pragma unroll 1
     for (int rank = 0; rank < call.num_ranks; ++rank) {
       const uint32_t members = __ballot_sync(~0u, ranks >> rank & 1);
-      const int row = next[rank] + __popc(members & ((1u << lane) - 1));
-      token_row[lane * call.num_ranks + rank] = (ranks >> rank & 1) != 0 && row < p.max_recv_tokens ? row : -1;
-      __syncwarp();
-      if (lane == 0) next[rank] += __popc(members);
-      __syncwarp();
+      if (lane == rank) count = __popc(members);
     }
-    const bool writes = turn % gridDim.x == blockIdx.x;
-    const int end = min(base + 32, part.end) * num_topk, mine = p.num_tokens * num_topk;
-    for (int i = base * num_topk + lane; i < end; i += 32) {
-      const int expert = places.here[i], rank = expert >= 0 ? expert / num_local : -1;
-      const int32_t* const rows = token_row + (i / num_topk - base) * call.num_ranks;
-      const int row = rank >= 0 ? rows[rank] : -1, row_here = rows[call.rank];
-      const int here = rank == call.rank ? row : -1;
-      places.here[i] = here;
-      if (!writes) continue;
-      p.recv_slot[i] = here;
-      if (i / mine == call.rank) p.slot[i % mine] = row >= 0 ? rank * p.max_recv_tokens + row : -1;
-      if (row_here >= 0)
-        p.recv_topk_idx[static_cast<int64_t>(row_here) * num_topk + i % num_topk] =
-            rank == call.rank ? expert % num_local : -1;
-    }
-    __syncwarp();
+    if (lane < call.num_ranks) places.before[group * call.num_ranks + lane] = count;
   }
 }
 
-// All places, from everybody's tables: `here` and the zero ranges in shared memory, and this block's share of slot,
-// recv_slot, counts and recv_topk_idx. Ends with the receivers synchronised. False: some rank's table did not come.
-__device__ inline bool FindPlaces(const DispatchWork& work, const ArenaCall& call, const PlacesShared& places) {
-  const DispatchParams& p = work.params;
-  const int num_bins = work.num_bins(call.num_ranks), num_local = p.num_experts / call.num_ranks;
-  const bool came = ReceiveTables(work, call, places);
-  if (SyncReceiversOr(!came)) return false;
-  CountChoices(work, call, places);
-  SyncReceivers();
-  SumParts(work, num_bins, places);
-  SyncReceivers();
-  FindGroups(work, call, places);
-  const int32_t* const counts = places.total + call.rank * num_local;
-  const int rows_wanted = p.layout == Layout::kRank ? places.total[p.num_experts + call.rank] : 0;
-  if (ReceiverWarp() == kReceivers - 1) FindZeroRows(work, counts, num_local, rows_wanted, places);
-  SyncReceivers();
-  if (blockIdx.x == 0) {
-    for (int e = ReceiverThread(); e < num_local; e += kReceiverThreads) p.counts[e] = counts[e];
-    if (ReceiverThread() == 0) {
-      p.counts[num_local] = p.layout == Layout::kRank ? rows_wanted : places.first[p.num_experts + call.rank];
+__device__ __forceinline__ void SumTokens(const DispatchWork& work, const ArenaCall& call, const PlacesShared& places) {
+  const int lane = threadIdx.x % 32, num_groups = PlacesShared::NumGroups(work, call.num_ranks);
+#pragma unroll 1
+  for (int rank = ReceiverWarp(); rank < call.num_ranks; rank += kReceivers) {
+    int before = 0;
+#pragma unroll 1
+    for (int group = lane; group - lane < num_groups; group += 32) {
+      int32_t* const count = places.before + group * call.num_ranks + rank;
+      int sum;
+      const int offset = WarpScan(group < num_groups ? *count : 0, &sum);
+      if (group < num_groups) *count = before + offset;
+      before += sum;
     }
+    if (rank == call.rank && lane == 0) places.words->end = before;
   }
-  if (p.layout == Layout::kRank) {
-    PlaceTokens(work, call, places);
+}
+
+// ----
+
+// What all places follow from, in shared memory. `loaded`: see SendTable. Ends with the receivers synchronised, and
+// says the same to all of them. False: some rank's table did not come.
+__device__ __forceinline__ bool FindPlaces(const DispatchWork& work, const ArenaCall& call, const PlacesShared& places,
+                                           uint4 loaded) {
+  const DispatchParams& p = work.params;
+  const int lane = threadIdx.x % 32;
+  const bool by_rank = p.layout == Layout::kRank;
+  if (!work.has_table()) {
+    if (ReceiverWarp() == 0) {
+      const auto take_count = [&](int expert) { return places.total[expert] = p.counts[expert]; };
+      int32_t* const first = places.first + call.rank * work.num_local;
+      const int end = by_rank ? p.counts[work.num_local] : FindGroups(work, first, take_count);
+      if (lane == 0) places.words->end = end;
+    }
+    SyncReceivers();
+    return true;
+  }
+  bool came = SendTable(work, call, places, loaded);
+  Mark(Moment::kTableSent);
+  if (by_rank) {
+#pragma unroll 1
+    for (int e = ReceiverThread(); e < work.num_local; e += kReceiverThreads) places.total[e] = 0;
   } else {
-    PlaceChoices(work, call, places);
+    int32_t* const counts = places.before + ReceiverWarp() * p.num_experts;
+#pragma unroll 1
+    for (int e = lane; e < p.num_experts; e += 32) counts[e] = 0;
+  }
+  came = came && ReceiveTables(work, call, places);
+  if (SyncReceiversOr(!came)) return false;
+  Mark(Moment::kTablesHere);
+  if (by_rank) {
+    CountTokens(work, call, places);
+    SyncReceivers();
+    SumTokens(work, call, places);
+  } else {
+    CountChoices(work, call, places);
+    SyncReceivers();
+    SumChoices(work, call, places);
   }
   SyncReceivers();
+  Mark(Moment::kPlacesKnown);
   return true;
+}
+
+// Where a token's choices go, one a lane.
+struct Choice {
+  int expert, rank;  // -1: none
+  int row;           // there, -1: dropped. With Where::kHere only of choices that come here, else -1
+};
+
+enum class Where { kHere, kEverywhere };
+
+// From what FindPlaces left, by one whole warp.
+template <Where kWhere>
+__device__ __forceinline__ Choice Find(const DispatchWork& work, const ArenaCall& call, const PlacesShared& places,
+                                       int source, int token) {
+  const DispatchParams& p = work.params;
+  const int lane = threadIdx.x % 32, choice = token * p.num_topk + lane;
+  Choice found{-1, -1, -1};
+  if (lane < p.num_topk) found.expert = places.Expert(work, source, choice);
+  if (found.expert >= 0) found.rank = work.by_local(found.expert);
+  if (p.layout == Layout::kRank) {
+    const int index = source * p.num_tokens + token, group = index / 32;
+    const uint32_t ranks = places.ranks[group * 32 + lane], earlier = (1u << (index % 32)) - 1;
+    const int begin = kWhere == Where::kHere ? call.rank : 0, end = kWhere == Where::kHere ? begin + 1 : call.num_ranks;
+#pragma unroll 1
+    for (int rank = begin; rank < end; ++rank) {
+      const uint32_t members = __ballot_sync(~0u, ranks >> rank & 1);
+      const int row = places.before[group * call.num_ranks + rank] + __popc(members & earlier);
+      if (found.rank == rank && row < p.max_recv_tokens) found.row = row;
+    }
+  } else if (found.expert >= 0 && (kWhere == Where::kEverywhere || found.rank == call.rank)) {
+    const int line = source * work.lines.table + choice / kLineChoices;
+    const int row = places.first[found.expert] + places.before[work.by_part(line) * p.num_experts + found.expert] +
+                    places.index[line * kLineEntries + choice % kLineChoices];
+    const int limit = p.layout == Layout::kBatched
+                          ? (found.expert - found.rank * work.num_local + 1) * p.expert_capacity
+                          : p.max_recv_tokens;
+    if (row < limit) found.row = row;
+  }
+  return found;
 }
 
 }  // namespace jax_ep

@@ -4,7 +4,7 @@
 
 Every rank maps over the same number of calls in the same order, so no rank waits for a call that another never makes.
 
-Halves under vmap are not low latency: mapped one after another, all starts come before the first done, more of them than
+Halves under vmap are the reference's: mapped one after another, all starts come before the first done, more of them than
 may be in flight; and what is in flight must be of one kind whichever way it is batched.
 """
 
@@ -52,26 +52,26 @@ def _one_after_another(primitive: compat.Primitive, args: Any, dims: Any, params
     return results, [0] * len(results)
 
 
-def _fold(rows: jax.Array, dim: int | None, num_lead: int) -> jax.Array:
-    """[..., H] with a batch axis anywhere -> [..., B*H]; rows without one stay."""
+def _fold(rows: jax.Array, dim: int | None) -> jax.Array:
+    """[T, H] with a batch axis anywhere -> [T, B*H]; rows without one stay."""
     if dim is None:
         return rows
-    moved = jnp.moveaxis(rows, dim, num_lead)
-    return moved.reshape(*moved.shape[:num_lead], -1)
+    moved = jnp.moveaxis(rows, dim, 1)
+    return moved.reshape(moved.shape[0], -1)
 
 
 def _unfold(rows: jax.Array, size: int) -> jax.Array:
     return rows.reshape(*rows.shape[:-1], size, rows.shape[-1] // size)
 
 
-def _moving(primitive: compat.Primitive, num_lead: int, axis_data: Any, args: Any, dims: Any, **params: Any) -> Any:
-    """Batching of a primitive whose first `num_rows` operands are rows with `num_lead` leading axes."""
+def _moving(primitive: compat.Primitive, axis_data: Any, args: Any, dims: Any, **params: Any) -> Any:
+    """Batching of a primitive whose first `num_rows` operands are rows."""
     num_rows = params["num_rows"]
     wire = params.get("wire")
     foldable = wire is None or args[0].shape[-1] % _LOGFMT_PIECE == 0
     if any(dim is not None for dim in dims[num_rows:]) or not foldable:
         return _one_after_another(primitive, args, dims, params)
-    rows = [_fold(arg, dim, num_lead) for arg, dim in zip(args[:num_rows], dims[:num_rows], strict=True)]
+    rows = [_fold(arg, dim) for arg, dim in zip(args[:num_rows], dims[:num_rows], strict=True)]
     results = primitive.bind(*rows, *args[num_rows:], **params)
     return _unfold_results(results, dims[:num_rows], axis_data.size)
 
@@ -91,7 +91,7 @@ def _dispatch(axis_data: Any, args: Any, dims: Any, **params: Any) -> Any:
         values_scales = quantized.encode(jnp.moveaxis(args[0], dims[0], 0), wire)
         args, dims = (*values_scales, *args[1:]), (0, 0, *dims[1:])
         params = {**params, "num_rows": 2, "wire": None}
-    return _moving(p.dispatch_p, 1, axis_data, args, dims, **params)
+    return _moving(p.dispatch_p, axis_data, args, dims, **params)
 
 
 def _weighted(primitive: compat.Primitive, num_y: int, axis_data: Any, args: Any, dims: Any, **params: Any) -> Any:
@@ -104,7 +104,7 @@ def _weighted(primitive: compat.Primitive, num_y: int, axis_data: Any, args: Any
         return _one_after_another(primitive, args, dims, params)
     for i in range(num_y):
         stacked = compat.batching.bdim_at_front(y_first[i], y_dims[i], axis_data.size)
-        y_first[i] = _fold(stacked, 0, 1)
+        y_first[i] = _fold(stacked, 0)
     operands = [y_first[order.index(i)] for i in range(len(args))]
     (out,) = primitive.bind(*operands, **params)
     return [_unfold(out, axis_data.size)], [out.ndim - 1]
@@ -128,7 +128,7 @@ def _register(primitive: compat.Primitive, rule: Any) -> None:
             results = primitive.bind(*args, **params)
             return results, [None] * len(results)
         if primitive in _HALVES:
-            params["routing"] = dataclasses.replace(params["routing"], mode="high_throughput")
+            params["routing"] = dataclasses.replace(params["routing"], mode="reference")
         return rule(axis_data, args, dims, **params)
 
     compat.batching.fancy_primitive_batchers[primitive] = batch
@@ -137,12 +137,12 @@ def _register(primitive: compat.Primitive, rule: Any) -> None:
 compat.batching.fancy_primitive_batchers[barrier_p] = _barrier
 _register(p.notify_p, _notify)
 _register(p.dispatch_p, _dispatch)
-_register(p.dispatch_cached_p, functools.partial(_moving, p.dispatch_cached_p, 1))
-_register(p.dispatch_start_p, functools.partial(_moving, p.dispatch_start_p, 1))
-_register(p.dispatch_done_p, functools.partial(_moving, p.dispatch_done_p, 2))
-_register(p.combine_p, functools.partial(_moving, p.combine_p, 1))
-_register(p.combine_start_p, functools.partial(_moving, p.combine_start_p, 1))
-_register(p.combine_done_p, functools.partial(_moving, p.combine_done_p, 2))
+_register(p.dispatch_cached_p, functools.partial(_moving, p.dispatch_cached_p))
+_register(p.dispatch_start_p, functools.partial(_moving, p.dispatch_start_p))
+_register(p.dispatch_done_p, functools.partial(_moving, p.dispatch_done_p))
+_register(p.combine_p, functools.partial(_moving, p.combine_p))
+_register(p.combine_start_p, functools.partial(_moving, p.combine_start_p))
+_register(p.combine_done_p, functools.partial(_moving, p.combine_done_p))
 for _combine in (p.combine_weighted_p, p.combine_weighted_start_p):
     _register(_combine, functools.partial(_weighted, _combine, 1))
 for _tangent in autodiff.WEIGHTED_TANGENTS.values():

@@ -57,7 +57,7 @@ def initialize() -> None:
 def _meet(client: Any, me: int, num_processes: int) -> None:
     """Tells all processes this one's versions, and waits until each has told the same."""
     mine = {name: importlib.metadata.version(name) for name in ("jax-ep", "jaxlib")}
-    mine["max_groups"] = str(config.max_groups)
+    mine |= {name: str(getattr(config, name)) for name in ("max_groups", "arena_bytes")}
     for process, theirs in enumerate(coordination.gather(client, "versions", mine, me, num_processes)):
         if theirs != mine:
             raise RuntimeError(

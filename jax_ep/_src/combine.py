@@ -68,7 +68,8 @@ def combine_start(
 ) -> CombineInFlight:
     """First half of `combine`: the rank's sums leave. What stands between it and `combine_done` may run meanwhile.
 
-    Arguments and errors are those of `combine`. The result is opaque: pass it to `combine_done`, once.
+    Arguments and errors are those of `combine`. The result is opaque: pass it to `combine_done`, once. As for
+    `dispatch_start` few calls may be in flight at once; with "high_throughput" their memory is 2 * (2 * R - 1) * T rows.
 
     Example:
       >>> pending = jax_ep.combine_start(y, handle, recv.weights)
@@ -76,8 +77,8 @@ def combine_start(
       >>> out = jax_ep.combine_done(pending) + shared
     """
     rows, weights = check.combine("combine_start", y, handle, weights, wire)
-    if wire is not None:  # no low-latency kernel has one, and the done half does not know of it
-        handle = dataclasses.replace(handle, routing=dataclasses.replace(handle.routing, mode="high_throughput"))
+    if wire is not None:  # no kernel of halves has one, and the done half does not know of it
+        handle = dataclasses.replace(handle, routing=dataclasses.replace(handle.routing, mode="reference"))
     routing = handle.routing
     if weights is None:
         rows, *arrays = align(routing, rows, *handle.arrays)

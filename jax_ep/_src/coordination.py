@@ -50,14 +50,41 @@ def claim(client: Any, topic: str, owner: str, count: int) -> int | None:
 
     None where all are taken by others. Nothing is ever given back, so all who ask get the same answer in any order.
     """
-    for number in range(count):
-        key = f"jax_ep/{topic}/{number}"
+    return next((number for number in range(count) if _entry(client, topic, number, owner) == owner), None)
+
+
+def allot(client: Any, topic: str, owner: str, amount: int, total: int) -> int | None:
+    """Where `owner`'s `amount` begins among `total`, the same for every process that asks; None where it does not fit.
+
+    Allotments lie one behind the other in the order of their first asking, and none is ever given back: what has not
+    fitted once never will, so here too all who ask get the same answer in any order.
+    """
+    begin, number, mine = 0, 0, json.dumps([owner, amount])
+    while True:
+        fits = begin + amount <= total
+        entry = _entry(client, topic, number, mine if fits else None)
+        if entry is None:
+            return None
+        if entry == mine:
+            return begin
+        begin += json.loads(entry)[1]
+        number += 1
+
+
+def _entry(client: Any, topic: str, number: int, mine: str | None) -> str | None:
+    """What stands under a set-once number: what was there, else `mine`, which then is; None where there is neither."""
+    key = f"jax_ep/{topic}/{number}"
+    if mine is not None:
         try:
-            client.key_value_set(key, owner)
+            client.key_value_set(key, mine)
         except jax.errors.JaxRuntimeError as error:
             if "ALREADY_EXISTS" not in str(error):
                 raise
-            if client.key_value_try_get(key) != owner:
-                continue
-        return number
-    return None
+        else:
+            return mine
+    try:
+        return str(client.key_value_try_get(key))
+    except jax.errors.JaxRuntimeError as error:
+        if "NOT_FOUND" not in str(error):
+            raise
+        return None

@@ -1,9 +1,10 @@
 """The primitives on CUDA: which kernel serves a call, and what it is told. The table at the end says which primitives have one.
 
-Whatever a kernel does not take falls back, with the same meaning: from low latency to high throughput (groups over several
-processes too), from there to the reference: no peer access, empty arrays, shapes beyond the kernel's limits. The halves of a
-call are low latency or the reference's. Groups over several nodes have kernels of their own, which take what the others
-take; there low latency is one hop instead of two. Neighbours: group.py finds the devices, ffi/*/*_ffi.cc are the other side.
+Whatever a kernel does not take falls back, with the same meaning: from low latency to high throughput (too little memory
+is shared between processes), from there to the reference: no peer access, empty arrays, shapes beyond the kernel's limits;
+of halves also those without memory for what is in flight (ffi/halves/). Groups over several nodes have kernels of their own,
+which take what the others take but halves; there low latency is one hop instead of two. Neighbours: group.py finds the
+devices, ffi/*/*_ffi.cc are the other side.
 """
 
 from __future__ import annotations
@@ -34,8 +35,8 @@ IN_FLIGHT_BYTES = 16  # that a start leaves at the head of its first result, for
 # ---- what the kernels take -------------------------------------------------------------------------------------------
 
 
-def _row_bytes(aval: Any, num_lead: int = 1) -> int:
-    return math.prod(aval.shape[num_lead:]) * aval.dtype.itemsize
+def _row_bytes(aval: Any) -> int:
+    return math.prod(aval.shape[1:]) * aval.dtype.itemsize
 
 
 def _routing_fits(routing: Routing) -> bool:
@@ -50,13 +51,13 @@ def _routing_fits(routing: Routing) -> bool:
     )
 
 
-def _dispatch_fits(rows: Any, routing: Routing, num_lead: int = 1) -> bool:
-    sizes = [_row_bytes(row, num_lead) for row in rows]
+def _dispatch_fits(rows: Any, routing: Routing) -> bool:
+    sizes = [_row_bytes(row) for row in rows]
     return _routing_fits(routing) and len(sizes) <= 2 and all(sizes) and (not sizes or sizes[0] % 16 == 0)
 
 
-def _combine_fits(rows: Any, routing: Routing, num_lead: int = 1) -> bool:
-    sizes = [_row_bytes(row, num_lead) for row in rows]
+def _combine_fits(rows: Any, routing: Routing) -> bool:
+    sizes = [_row_bytes(row) for row in rows]
     return (
         _routing_fits(routing)
         and len(sizes) <= 1
@@ -103,8 +104,8 @@ def _dispatch_window(
     )
 
 
-def _combine_window(rows: Any, routing: Routing, has_carried: bool, num_lead: int = 1) -> int:
-    row_bytes = sum(_row_bytes(row, num_lead) for row in rows)
+def _combine_window(rows: Any, routing: Routing, has_carried: bool) -> int:
+    row_bytes = sum(_row_bytes(row) for row in rows)
     if not _wants_low_latency(routing, row_bytes):
         return 0
     return targets.low_latency_combine_bytes(
@@ -243,21 +244,50 @@ def _dispatch_cached(ctx: Any, *operands: Any, routing: Routing, num_rows: int, 
     return _call_dispatch(target, ctx, operands, routing, devices, num_rows, has_weights)
 
 
+# ---- halves ----------------------------------------------------------------------------------------------------------
+#
+# Both halves of a call ask the same questions of the same sizes, so they are served alike. Low latency first, then the
+# kernels of ffi/halves/, then the reference.
+
+
+def _with_room(devices: group.Groups, window: int, landing: int, low_latency: str, other: str) -> str | None:
+    """Which of two targets to call for a half that needs so much of an arena; None where there is no memory."""
+    if window > 0 and group.make_arenas(devices, window):
+        return low_latency
+    return other if landing > 0 and group.make_landings(devices, landing) else None
+
+
 def _holds_in_flight(routing: Routing, token_bytes: int) -> bool:
-    """Whether the first array between the halves, [R, T, ...], is long enough for what a start leaves in it."""
-    return routing.num_ranks * routing.num_tokens * token_bytes >= IN_FLIGHT_BYTES
+    """Whether the first array between the halves, [T, ...], is long enough for what a start leaves in it."""
+    return routing.mode != "reference" and routing.num_tokens * token_bytes >= IN_FLIGHT_BYTES
 
 
-def _dispatch_half(meaning: Rule, target: str, num_lead: int) -> Rule:
-    """Lowering of dispatch_start or dispatch_done, whose rows have `num_lead` leading axes."""
+def _dispatch_landing(row_bytes: list[int], routing: Routing, has_weights: bool) -> int:
+    return targets.dispatch_landing_bytes(
+        num_ranks=routing.num_ranks,
+        num_experts=routing.num_experts,
+        layout=LAYOUTS.index(routing.layout),
+        num_tokens=routing.num_tokens,
+        num_topk=routing.num_topk,
+        max_recv_tokens=routing.max_recv_tokens,
+        row_bytes=row_bytes,
+        has_weights=has_weights,
+    )
+
+
+def _dispatch_half(meaning: Rule, low_latency: str, other: str) -> Rule:
+    """Lowering of dispatch_start or dispatch_done."""
 
     def rule(ctx: Any, *operands: Any, routing: Routing, num_rows: int, has_weights: bool) -> Any:
         payload, rows = ctx.avals_in[: num_rows + has_weights], ctx.avals_in[:num_rows]
-        window = 0
-        if _dispatch_fits(rows, routing, num_lead) and _holds_in_flight(routing, _row_bytes(payload[0], num_lead)):
-            window = _dispatch_window([_row_bytes(row, num_lead) for row in rows], routing, has_weights, True)
-        devices = _groups(ctx, routing) if window > 0 else None
-        if devices is None or not group.make_arenas(devices, window):
+        fits = _dispatch_fits(rows, routing) and _holds_in_flight(routing, _row_bytes(payload[0]))
+        devices = _groups(ctx, routing) if fits else None
+        target = None
+        if devices is not None:
+            sizes = [_row_bytes(row) for row in rows]
+            window = _dispatch_window(sizes, routing, has_weights, True)
+            target = _with_room(devices, window, _dispatch_landing(sizes, routing, has_weights), low_latency, other)
+        if target is None:
             static = {"routing": routing, "num_rows": num_rows, "has_weights": has_weights}
             return _reference(meaning)(ctx, *operands, **static)
         return _call_dispatch(target, ctx, operands, routing, devices, num_rows, has_weights)
@@ -322,25 +352,41 @@ def _combine_weighted(ctx: Any, *operands: Any, routing: Routing, wire: str | No
     return _call_combine(ctx, operands, routing, devices, True, True, False)
 
 
+COMBINE_STARTS = (targets.LOW_LATENCY_COMBINE_START, targets.COMBINE_START)
+COMBINE_DONES = (targets.LOW_LATENCY_COMBINE_DONE, targets.COMBINE_DONE)
+
+
+def _combine_landing(rows: Any, routing: Routing, has_carried: bool) -> int:
+    return targets.combine_landing_bytes(
+        num_ranks=routing.num_ranks,
+        num_tokens=routing.num_tokens,
+        num_topk=routing.num_topk,
+        max_recv_tokens=routing.max_recv_tokens,
+        row_bytes=sum(_row_bytes(row) for row in rows),
+        has_carried=has_carried,
+    )
+
+
 def _call_combine_half(
     meaning: Rule,
-    target: str,
+    halves: tuple[str, str],
     ctx: Any,
     operands: Any,
     routing: Routing,
-    num_lead: int,
     kinds: tuple[bool, bool, bool],
     **static: Any,
 ) -> Any:
     """Lowers a half of a combine with rows, weights and carried gates as `kinds` says, or else its `meaning`."""
     has_rows, has_weights, has_carried = kinds
     rows = ctx.avals_in[: int(has_rows)]
-    token_bytes = _row_bytes(rows[0], num_lead) if has_rows else 4 * routing.num_topk
-    window = 0
-    if static.get("wire") is None and _combine_fits(rows, routing, num_lead) and _holds_in_flight(routing, token_bytes):
-        window = _combine_window(rows, routing, has_carried, num_lead)
-    devices = _groups(ctx, routing) if window > 0 else None
-    if devices is None or not group.make_arenas(devices, window):
+    token_bytes = _row_bytes(rows[0]) if has_rows else 4 * routing.num_topk
+    fits = static.get("wire") is None and _combine_fits(rows, routing) and _holds_in_flight(routing, token_bytes)
+    devices = _groups(ctx, routing) if fits else None
+    target = None
+    if devices is not None:
+        window = _combine_window(rows, routing, has_carried)
+        target = _with_room(devices, window, _combine_landing(rows, routing, has_carried), *halves)
+    if target is None:
         return _reference(meaning)(ctx, *operands, routing=routing, **static)
     attributes = _combine_attributes(routing, has_rows, has_weights, has_carried, devices)
     return _launched_once(jax.ffi.ffi_lowering(target)(ctx, *operands, **attributes))
@@ -349,30 +395,25 @@ def _call_combine_half(
 def _combine_start(
     ctx: Any, *operands: Any, routing: Routing, num_rows: int, has_weights: bool, wire: str | None
 ) -> Any:
+    static: dict[str, Any] = {"routing": routing, "num_rows": num_rows, "has_weights": has_weights, "wire": wire}
     if num_rows > 1:
-        static = {"routing": routing, "num_rows": num_rows, "has_weights": has_weights, "wire": wire}
         return _reference(reference.combine_start)(ctx, *operands, **static)
-    return _call_combine_half(
-        reference.combine_start, targets.LOW_LATENCY_COMBINE_START, ctx, operands, routing, 1,
-        (num_rows == 1, False, has_weights), num_rows=num_rows, has_weights=has_weights, wire=wire,
-    )  # fmt: skip
+    kinds = (num_rows == 1, False, has_weights)
+    return _call_combine_half(reference.combine_start, COMBINE_STARTS, ctx, operands, kinds=kinds, **static)
 
 
 def _combine_weighted_start(ctx: Any, *operands: Any, routing: Routing, wire: str | None) -> Any:
     return _call_combine_half(
-        reference.combine_weighted_start, targets.LOW_LATENCY_COMBINE_START, ctx, operands, routing, 1,
-        (True, True, False), wire=wire,
-    )  # fmt: skip
+        reference.combine_weighted_start, COMBINE_STARTS, ctx, operands, routing, (True, True, False), wire=wire
+    )
 
 
 def _combine_done(ctx: Any, *operands: Any, routing: Routing, num_rows: int, has_weights: bool) -> Any:
+    static: dict[str, Any] = {"routing": routing, "num_rows": num_rows, "has_weights": has_weights}
     if num_rows > 1:
-        static = {"routing": routing, "num_rows": num_rows, "has_weights": has_weights}
         return _reference(reference.combine_done)(ctx, *operands, **static)
-    return _call_combine_half(
-        reference.combine_done, targets.LOW_LATENCY_COMBINE_DONE, ctx, operands, routing, 2,
-        (num_rows == 1, False, has_weights), num_rows=num_rows, has_weights=has_weights,
-    )  # fmt: skip
+    kinds = (num_rows == 1, False, has_weights)
+    return _call_combine_half(reference.combine_done, COMBINE_DONES, ctx, operands, kinds=kinds, **static)
 
 
 for _primitive, _rule in (
@@ -381,11 +422,11 @@ for _primitive, _rule in (
     (primitives.dispatch_cached_p, _dispatch_cached),
     (
         primitives.dispatch_start_p,
-        _dispatch_half(reference.dispatch_start, targets.LOW_LATENCY_DISPATCH_START, 1),
+        _dispatch_half(reference.dispatch_start, targets.LOW_LATENCY_DISPATCH_START, targets.DISPATCH_START),
     ),
     (
         primitives.dispatch_done_p,
-        _dispatch_half(reference.dispatch_done, targets.LOW_LATENCY_DISPATCH_DONE, 2),
+        _dispatch_half(reference.dispatch_done, targets.LOW_LATENCY_DISPATCH_DONE, targets.DISPATCH_DONE),
     ),
     (primitives.combine_p, _combine),
     (primitives.combine_start_p, _combine_start),

@@ -105,7 +105,7 @@ def examine(process: int, met: str | None) -> Report:
     """What this process has. `met` is why it did not find the others, if it did not."""
     report: Report = {"process": process, "host": socket.gethostname(), "pid": os.getpid(), "problems": []}
     report["versions"] = versions()
-    report["config"] = {"timeout": config.timeout, "max_groups": config.max_groups}
+    report["config"] = {name: getattr(config, name) for name in ("timeout", "max_groups", "arena_bytes")}
     if met:
         report["problems"].append(met)
         return report
@@ -188,7 +188,7 @@ def describe(device: Any) -> dict[str, Any]:
         return about
     about |= {"ordinal": device.local_hardware_id, "pci": pci_of(device.local_hardware_id)}
     try:
-        region = peers.CudaMemory().arena(device)
+        region = peers.CudaMemory().xla_memory(device)
         os.close(region.descriptor)
         about["shared_bytes"] = region.num_bytes
     except RuntimeError as error:

@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jax_ep._src import compat, coordination, internode, peers, targets
+from jax_ep._src import arenas, compat, coordination, internode, peers, targets
 
 Groups = tuple[peers.Group, ...]
 
@@ -133,12 +133,75 @@ def device_kind() -> str:
 def make_arenas(groups: Groups, window_bytes: int) -> bool:
     """Sees to the memory of low-latency calls that need so many bytes of a window; kept for the process's life.
 
-    False, in every process alike, where a group spans processes: arenas are not shared between them.
+    False, in every process alike, where groups span processes and too little memory is shared; a warning says so.
     """
-    processes = {device.id: device.process_index for device in jax.devices()}
-    if any(len({processes.get(device, 0) for device in group}) > 1 for group in groups):
+    return make_shared_arena(groups, targets.Purpose.LOW_LATENCY, targets.low_latency_arena_bytes(window_bytes))
+
+
+def make_landings(groups: Groups, window_bytes: int) -> bool:
+    """The same for halves of high-throughput calls, whose windows are as long as their rows.
+
+    False, with a warning, where the memory is not there, beside what XLA has taken of the GPUs. In a program of several
+    processes, which must all choose alike, that is an error if only this process can know it.
+    """
+    num_bytes = targets.landing_arena_bytes(window_bytes)
+    try:
+        return make_shared_arena(groups, targets.Purpose.HALVES, num_bytes)
+    except RuntimeError as error:
+        why = (
+            f"{num_bytes} bytes on every GPU for what is in flight could not be had ({error}). Leave XLA less of the GPU "
+            "(XLA_PYTHON_CLIENT_MEM_FRACTION), or use jax_ep.dispatch and jax_ep.combine, which need none"
+        )
+        if jax.process_count() > 1:
+            raise RuntimeError(f"jax_ep: the halves of a call cannot be served: {why}") from error
+        warnings.warn(
+            f"jax_ep: XLA's collectives, not the kernels, serve the halves of a call: {why}",
+            RuntimeWarning,
+            stacklevel=2,
+        )
         return False
-    for group in groups:
-        if processes.get(group[0], 0) == jax.process_index():
-            targets.make_arenas(list(group), window_bytes)
+
+
+def make_shared_arena(groups: Groups, purpose: Any, num_bytes: int) -> bool:
+    """Sees to `num_bytes` at each rank that all ranks of its group reach; of a purpose and size there is one in a group.
+
+    Of groups that span processes it is a part of what `initialize` has exchanged, the same in every process, or where no more
+    is left, memory that these processes make when asked (arenas.py); no process waits for another to come here. False, in
+    all of them, where one has no memory, and where a group lies on several nodes.
+
+    Raises:
+      RuntimeError: a process was asked for memory and did not answer within `jax_ep.config.timeout` seconds; it is named.
+    """
+    if spans_nodes(groups):
+        return False
+    world, me = peers.world(), jax.process_index()
+    processes = {device.id: device.process_index for device in jax.devices()}
+    members = {group: {processes.get(device, 0) for device in group} for group in groups}
+    here: dict[int, int] = {}
+    if any(len(of_group) > 1 for of_group in members.values()):
+        shared = _shared(groups, str(purpose), num_bytes, world) if world else None
+        if shared is None:
+            return False
+        here = shared
+    for group, of_group in members.items():
+        if me in of_group:
+            at = [here[device] for device in group] if len(of_group) > 1 else []
+            targets.make_shared_arena(list(group), purpose, num_bytes, at)
     return True
+
+
+@functools.lru_cache(maxsize=256)
+def _shared(groups: Groups, purpose: str, num_bytes: int, world: peers.World) -> dict[int, int] | None:
+    """Of each device, where this process sees its part of an arena, if it does; None, in every process alike, where there is none."""
+    owner, room = f"{purpose} {groups!r}", -(-num_bytes // 4096) * 4096
+    offset = coordination.allot(compat.distributed_client(), "arenas", owner, room, world.arena_bytes)
+    here = world.arena(groups, offset) if offset is not None else arenas.make(world, groups, f"{owner} {room}", room)
+    if not isinstance(here, str):
+        return here
+    warnings.warn(
+        f"jax_ep: no memory of {room} bytes is shared between the processes of a group ({purpose}), so other ways serve its "
+        f"calls of this size: jax_ep.config.arena_bytes = {world.arena_bytes} are used up, and more is not to be had: {here}",
+        RuntimeWarning,
+        stacklevel=2,
+    )
+    return None

@@ -1,9 +1,10 @@
 """The memory of other processes on this host: what each exports, where it is mapped here, which groups kernels can serve.
 
-All of it is exchanged once, by `initialize`: windows for `config.max_groups` groups on every device, and XLA's memory there,
-into which kernels of peers write. So making a group while a program is lowered needs no other process; processes only agree
-on which windows it gets, through set-once keys. What cannot be shared is known to all of them, so they decide alike.
-Neighbours: coordination.py, descriptors.py, ffi/group/shared_memory.h; group.py asks.
+All of it is exchanged once, by `initialize`: on every device windows for `config.max_groups` groups and `config.arena_bytes`
+for arenas, and XLA's memory there, into which kernels of peers write. So making a group or an arena while a program is lowered
+waits for no other process; they only agree, through set-once keys, on who gets which part. What cannot be shared is known to
+all of them, so they decide alike.
+Neighbours: coordination.py, descriptors.py, arenas.py, ffi/group/shared_memory.h; group.py asks.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from typing import Any, Protocol
 import jax
 import numpy as np
 
-from jax_ep._src import coordination, descriptors, targets
+from jax_ep._src import arenas, coordination, descriptors, targets
 from jax_ep._src.config import config
 
 Group = tuple[int, ...]  # of device ids, rank by rank
@@ -44,8 +45,11 @@ class Memory(Protocol):
     def have_peer_access(self) -> bool:
         """Whether all of them read and write each other's memory."""
 
-    def export(self, window_bytes: int) -> list[tuple[Region, Region]]:
-        """Of each device, zeros for windows, and the memory of its arrays; RuntimeError with the reason if it cannot be."""
+    def export(self, num_bytes: int) -> list[tuple[Region, Region]]:
+        """Of each device, zeros for windows and arenas, and the memory of its arrays; RuntimeError with the reason if it cannot be."""
+
+    def make(self, num_bytes: int, device_ids: Sequence[int]) -> list[Region]:
+        """New zeros on each of these devices; RuntimeError with the reason if there is no room."""
 
     def map(self, descriptor: int, num_bytes: int) -> int:
         """Makes another process's memory accessible to all devices of this one; returns its address here."""
@@ -64,13 +68,13 @@ class CudaMemory:
     def have_peer_access(self) -> bool:
         return bool(targets.have_peer_access(self._ordinals))
 
-    def export(self, window_bytes: int) -> list[tuple[Region, Region]]:
+    def export(self, num_bytes: int) -> list[tuple[Region, Region]]:
         regions: list[tuple[Region, Region]] = []
         try:
             for device in self._devices:
-                arena = self.arena(device)
-                shared = targets.make_shared_memory(device.local_hardware_id, window_bytes, self._ordinals)
-                regions.append((Region(shared.fd, shared.begin, shared.bytes), arena))
+                xla = self.xla_memory(device)
+                (shared,) = self.make(num_bytes, [device.id])
+                regions.append((shared, xla))
         except Exception:
             for pair in regions:
                 for region in pair:
@@ -78,7 +82,20 @@ class CudaMemory:
             raise
         return regions
 
-    def arena(self, device: Any) -> Region:
+    def make(self, num_bytes: int, device_ids: Sequence[int]) -> list[Region]:
+        ordinals = dict(zip(self.device_ids(), self._ordinals, strict=True))
+        regions: list[Region] = []
+        try:
+            for device_id in device_ids:
+                shared = targets.make_shared_memory(ordinals[device_id], num_bytes, self._ordinals)
+                regions.append(Region(shared.fd, shared.begin, shared.bytes))
+        except Exception:
+            for region in regions:
+                os.close(region.descriptor)
+            raise
+        return regions
+
+    def xla_memory(self, device: Any) -> Region:
         """The memory in which XLA places the arrays of `device`; RuntimeError if that is not one allocation of known extent."""
         probe = jax.device_put(np.zeros(1, np.float32), device)
         try:
@@ -99,13 +116,13 @@ class CudaMemory:
 
 @dataclasses.dataclass(frozen=True)
 class Device:
-    """Where a device's memory is: `windows` and `arena` as its own process sees them, `*_here` as this one does, if it does."""
+    """Where a device's memory is: begin and bytes as its own process sees it, `*_here` as this one does, if it does."""
 
     process: int
-    windows: tuple[int, int]  # begin, bytes
-    arena: tuple[int, int]
-    windows_here: int | None
-    arena_here: int | None
+    shared: tuple[int, int]  # windows, then arenas
+    xla: tuple[int, int]
+    shared_here: int | None
+    xla_here: int | None
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -118,6 +135,9 @@ class World:
     reasons: dict[tuple[int, ...], str]
     devices: dict[int, Device]
     max_groups: int  # for so many groupings there are windows
+    arena_bytes: int  # for arenas, behind the windows
+    makers: list[str | None]  # where each process answers who asks for larger ones
+    maker: arenas.Maker | None  # this one's
 
     def why_not(self, groups: Sequence[Group]) -> str | None:
         """Why kernels cannot serve these groups; None if they can. The same in every process."""
@@ -141,11 +161,17 @@ class World:
         places: list[tuple[int, ...]] = []
         for device_id in group:
             device = self.devices[device_id]
-            assert device.windows_here is not None and device.arena_here is not None
-            window = device.windows_here + number * window_stride()
-            shift = (device.arena_here - device.arena[0]) % 2**64
-            places.append((device.process, ordinals.get(device_id, -1), window, *device.arena, shift))
+            assert device.shared_here is not None and device.xla_here is not None
+            window = device.shared_here + number * window_stride()
+            shift = (device.xla_here - device.xla[0]) % 2**64
+            places.append((device.process, ordinals.get(device_id, -1), window, *device.xla, shift))
         return places
+
+    def arena(self, groups: Sequence[Group], offset: int) -> dict[int, int]:
+        """Of each device, where this process sees, if it does, the arena that begins at `offset` among the arenas."""
+        here = {device: self.devices[device].shared_here for group in groups for device in group}
+        behind = self.max_groups * window_stride() + offset
+        return {device: begin + behind for device, begin in here.items() if begin is not None}
 
 
 _exported: dict[str, Any] = {}  # by an exchange that may have to be tried again: what is exported, and the offer of it
@@ -157,9 +183,9 @@ def window_stride() -> int:
     return -(-targets.window_bytes // 4096) * 4096
 
 
-def windows_bytes() -> int:
-    """Bytes of a device's windows."""
-    return config.max_groups * window_stride()
+def shared_bytes() -> int:
+    """Bytes of a device's windows and arenas."""
+    return config.max_groups * window_stride() + config.arena_bytes
 
 
 def world() -> World | None:
@@ -189,6 +215,7 @@ def exchange(client: Any, me: int, num_processes: int, memory: Memory) -> World:
             except (OSError, RuntimeError) as error:
                 failures[str(process)] = f"its memory cannot be mapped: {error}"
     verdicts = coordination.gather(client, "mapped", failures, me, num_processes)  # by then, all have fetched
+    maker = _exported.pop("maker", None)
     forget()
     reasons: dict[tuple[int, ...], str] = {}
     for process, table in enumerate(tables):
@@ -198,19 +225,22 @@ def exchange(client: Any, me: int, num_processes: int, memory: Memory) -> World:
     devices = {}
     for process, table in enumerate(tables):
         here = mapped.get(process)
-        for i, (device_id, windows, arena) in enumerate(table["devices"]):
+        for i, (device_id, shared, xla) in enumerate(table["devices"]):
             addresses = (
-                (windows[0], arena[0]) if process == me else (here[2 * i], here[2 * i + 1]) if here else (None, None)
+                (shared[0], xla[0]) if process == me else (here[2 * i], here[2 * i + 1]) if here else (None, None)
             )
-            devices[device_id] = Device(process, tuple(windows), tuple(arena), *addresses)
-    _world = World(me, hosts, reasons, devices, config.max_groups)
+            devices[device_id] = Device(process, tuple(shared), tuple(xla), *addresses)
+    _world = World(
+        me, hosts, reasons, devices, config.max_groups, config.arena_bytes, [table["maker"] for table in tables], maker
+    )
     return _world
 
 
 def forget() -> None:
     """Ends the offer of an exchange; mapped memory stays, since peers may still write to it."""
-    if offer := _exported.pop("offer", None):
-        offer.close()
+    for name in ("offer", "maker"):
+        if server := _exported.pop(name, None):
+            server.close()
     _exported.clear()
 
 
@@ -222,6 +252,7 @@ def _export(memory: Memory, has_neighbours: bool) -> dict[str, Any]:
     devices = [(device_id, nothing, nothing) for device_id in memory.device_ids()]
     table: dict[str, Any] = {
         "offer": None,
+        "maker": None,
         "devices": devices,
         "reasons": {},
     }  # by 1 or 2, as the keys of World.reasons
@@ -231,23 +262,24 @@ def _export(memory: Memory, has_neighbours: bool) -> dict[str, Any]:
         table["reasons"][1] = "its GPUs do not reach each other's memory"
     elif has_neighbours:
         try:
-            regions = memory.export(windows_bytes())
+            regions = memory.export(shared_bytes())
         except RuntimeError as error:
             table["reasons"][2] = str(error)
         else:
             _exported["offer"] = descriptors.Offer([region.descriptor for pair in regions for region in pair])
-            table["offer"] = _exported["offer"].name
+            _exported["maker"] = arenas.Maker(memory)
+            table |= {name: _exported[name].name for name in ("offer", "maker")}
             table["devices"] = [
-                (device_id, (windows.begin, windows.num_bytes), (arena.begin, arena.num_bytes))
-                for (device_id, _, _), (windows, arena) in zip(devices, regions, strict=True)
+                (device_id, (shared.begin, shared.num_bytes), (xla.begin, xla.num_bytes))
+                for (device_id, _, _), (shared, xla) in zip(devices, regions, strict=True)
             ]
     _exported["table"] = table
     return table
 
 
 def _map(memory: Memory, table: dict[str, Any]) -> list[int]:
-    """Where the windows and the arena of each device of another process are here."""
-    sizes = [num_bytes for _, windows, arena in table["devices"] for _, num_bytes in (windows, arena)]
+    """Where both memories of each device of another process are here."""
+    sizes = [num_bytes for _, shared, xla in table["devices"] for _, num_bytes in (shared, xla)]
     received = descriptors.fetch(table["offer"], len(sizes), config.timeout)
     try:
         return [memory.map(descriptor, num_bytes) for descriptor, num_bytes in zip(received, sizes, strict=True)]

@@ -5,17 +5,18 @@
   notify                  topk_idx                       -> slot, recv_slot, counts, ("rank") recv_topk_idx
   dispatch                payload [T, ...], topk_idx     -> payload [C, ...], and what notify returns
   dispatch_cached         payload [T, ...], handle       -> payload [C, ...]
-  dispatch_start          payload [T, ...], handle       -> payload [R, T, ...]
-  dispatch_done           payload [R, T, ...], handle    -> payload [C, ...]
+  dispatch_start          payload [T, ...], handle       -> payload [T, ...]
+  dispatch_done           payload [T, ...], handle       -> payload [C, ...]
   combine                 payload [C, ...], handle       -> payload [T, ...]
-  combine_start           payload [C, ...], handle       -> payload [R, T, ...]
-  combine_done            payload [R, T, ...], handle    -> payload [T, ...]
+  combine_start           payload [C, ...], handle       -> payload [T, ...]
+  combine_done            payload [T, ...], handle       -> payload [T, ...]
   combine_weighted        y [C, H], weights [C], handle  -> [T, H]
-  combine_weighted_start  y [C, H], weights [C], handle  -> [R, T, H]
+  combine_weighted_start  y [C, H], weights [C], handle  -> [T, H]
 
-Gates are f32[T, K] at their tokens, [C] at their rows ([C, K] for "rank") and [R, T, K] between two halves. On the way
-back each gate returns to its choice, unsummed. dispatch.py and combine.py hold the public functions, autodiff.py and
-batching.py the transformations, reference.py the meaning.
+Gates are f32[T, K] at their tokens and between two halves, [C] at their rows ([C, K] for "rank"). On the way back each
+gate returns to its choice, unsummed. What is between two halves is opaque: the reference's are rows, in a kernel's stands
+which call it is. dispatch.py and combine.py hold the public functions, autodiff.py and batching.py the transformations,
+reference.py the meaning.
 """
 
 from __future__ import annotations
@@ -104,7 +105,7 @@ def _tokens(routing: Routing) -> tuple[int, ...]:
     return (routing.num_tokens,)
 
 
-def _in_flight(routing: Routing) -> tuple[int, ...]:
+def _all_tokens(routing: Routing) -> tuple[int, ...]:
     return (routing.num_ranks, routing.num_tokens)
 
 
@@ -127,7 +128,7 @@ def _common_axes(routing: Routing, operands: Sequence[Any]) -> frozenset[str]:
 def _routed_avals(topk_idx: Any, routing: Routing, axes: frozenset[str]) -> list[Any]:
     shapes: list[tuple[int, ...]] = [
         _choices(_tokens)(routing),
-        _choices(_in_flight)(routing),
+        _choices(_all_tokens)(routing),
         (routing.num_local_experts + 1,),
     ]
     if routing.layout == "rank":
@@ -156,14 +157,14 @@ def _dispatch_abstract_eval(
     return [*results, *_routed_avals(topk_idx, routing, axes)], compat.named_axis_effects(routing.axis_name)
 
 
-def _moving_abstract_eval(lead: Shape, gates: Shape, num_lead: int) -> Callable[..., Any]:
-    """Abstract evaluation of a primitive that moves a payload: `num_lead` leading axes become `lead`."""
+def _moving_abstract_eval(lead: Shape, gates: Shape) -> Callable[..., Any]:
+    """Abstract evaluation of a primitive that moves a payload: the leading axis becomes `lead`."""
 
     def rule(*operands: Any, routing: Routing, num_rows: int, has_weights: bool, wire: str | None = None) -> Any:
         del wire
         axes = _common_axes(routing, operands)
         results = [
-            compat.result_aval(rows, (*lead(routing), *rows.shape[num_lead:]), rows.dtype, axes)
+            compat.result_aval(rows, (*lead(routing), *rows.shape[1:]), rows.dtype, axes)
             for rows in operands[:num_rows]
         ]
         if has_weights:
@@ -186,14 +187,14 @@ def _weighted_abstract_eval(lead: Shape) -> Callable[..., Any]:
 
 notify_p.def_effectful_abstract_eval(_notify_abstract_eval)
 dispatch_p.def_effectful_abstract_eval(_dispatch_abstract_eval)
-dispatch_cached_p.def_effectful_abstract_eval(_moving_abstract_eval(_received, _received_gates, 1))
-dispatch_start_p.def_effectful_abstract_eval(_moving_abstract_eval(_in_flight, _choices(_in_flight), 1))
-dispatch_done_p.def_effectful_abstract_eval(_moving_abstract_eval(_received, _received_gates, 2))
-combine_p.def_effectful_abstract_eval(_moving_abstract_eval(_tokens, _choices(_tokens), 1))
-combine_start_p.def_effectful_abstract_eval(_moving_abstract_eval(_in_flight, _choices(_in_flight), 1))
-combine_done_p.def_effectful_abstract_eval(_moving_abstract_eval(_tokens, _choices(_tokens), 2))
+dispatch_cached_p.def_effectful_abstract_eval(_moving_abstract_eval(_received, _received_gates))
+dispatch_start_p.def_effectful_abstract_eval(_moving_abstract_eval(_tokens, _choices(_tokens)))
+dispatch_done_p.def_effectful_abstract_eval(_moving_abstract_eval(_received, _received_gates))
+combine_p.def_effectful_abstract_eval(_moving_abstract_eval(_tokens, _choices(_tokens)))
+combine_start_p.def_effectful_abstract_eval(_moving_abstract_eval(_tokens, _choices(_tokens)))
+combine_done_p.def_effectful_abstract_eval(_moving_abstract_eval(_tokens, _choices(_tokens)))
 combine_weighted_p.def_effectful_abstract_eval(_weighted_abstract_eval(_tokens))
-combine_weighted_start_p.def_effectful_abstract_eval(_weighted_abstract_eval(_in_flight))
+combine_weighted_start_p.def_effectful_abstract_eval(_weighted_abstract_eval(_tokens))
 
 
 # ---- lowering: the reference on every platform -----------------------------------------------------------------------

@@ -3,10 +3,12 @@
 Written to be read. A token travels like this:
 
     notify           everyone learns everyone's choices and works out every row's place
-    dispatch_start   every rank's rows go to every rank         (all_gather)
-    dispatch_done    each rank takes the rows that are its own   (a gather)
-    combine_start    each rank sums its rows of a token in f32 and sends one row back a (token, rank)  (all_to_all)
-    combine_done     the token's rank sums what came, in rank order, in f32
+    dispatch_cached  every rank's rows go to every rank (all_gather); each takes those that are its own (a gather)
+    combine          each rank sums its rows of a token in f32 and sends one row back a (token, rank)  (all_to_all);
+                     the token's rank sums what came, in rank order, in f32
+
+Of the halves one does all and the other nothing: XLA's scheduler starts a collective as soon as it has its operands and
+waits for it as late as it can, wherever a program has it.
 
 The arithmetic of the sums is part of the contract, to the bit: a product is rounded to f32 before it is added, so an
 `optimization_barrier` stands between (XLA's CPU and GPU backends would contract the two into one FMA).
@@ -14,8 +16,6 @@ Shapes are named as in docs/vocabulary.md: R ranks, T tokens a rank, K choices, 
 """
 
 from __future__ import annotations
-
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -122,20 +122,8 @@ def dispatch(*operands: jax.Array, routing: Routing, num_rows: int, has_weights:
 
 def dispatch_cached(*operands: jax.Array, routing: Routing, num_rows: int, has_weights: bool) -> Arrays:
     """rows [T, ...]..., weights f32[T, K]?, slot, recv_slot, counts -> rows [C, ...]..., weights f32[C]? (or [C, K])."""
-    *_, slot, recv_slot, counts = operands
-    static: dict[str, Any] = {"routing": routing, "num_rows": num_rows, "has_weights": has_weights}
-    return dispatch_done(*dispatch_start(*operands, **static), slot, recv_slot, counts, **static)
-
-
-def dispatch_start(*operands: jax.Array, routing: Routing, num_rows: int, has_weights: bool) -> Arrays:
-    """rows [T, ...]..., weights [T, K]?, slot, recv_slot, counts -> the same of every rank, [R, T, ...]..., [R, T, K]?."""
-    del num_rows, has_weights
-    return [_as_dtype(lax.all_gather(_as_bits(rows), routing.axis_name), rows.dtype) for rows in operands[:-3]]
-
-
-def dispatch_done(*operands: jax.Array, routing: Routing, num_rows: int, has_weights: bool) -> Arrays:
-    """rows [R, T, ...]..., weights [R, T, K]?, slot, recv_slot, counts -> rows [C, ...]..., weights [C]? (or [C, K])."""
     *payload, _, recv_slot, _ = operands
+    payload = [_as_dtype(lax.all_gather(_as_bits(rows), routing.axis_name), rows.dtype) for rows in payload]
     num_choices = recv_slot.size  # R * T * K
     choice = jnp.arange(num_choices, dtype=jnp.int32)
     nowhere = jnp.full(routing.max_recv_tokens, num_choices, jnp.int32)
@@ -150,60 +138,57 @@ def dispatch_done(*operands: jax.Array, routing: Routing, num_rows: int, has_wei
     return result
 
 
+def dispatch_start(*operands: jax.Array, routing: Routing, num_rows: int, has_weights: bool) -> Arrays:
+    """rows [T, ...]..., weights [T, K]?, slot, recv_slot, counts -> rows and weights as they are."""
+    del routing, num_rows, has_weights
+    return list(operands[:-3])
+
+
+dispatch_done = dispatch_cached
+
+
 # ---- the way back ----------------------------------------------------------------------------------------------------
 
 
 def combine(*operands: jax.Array, routing: Routing, num_rows: int, has_weights: bool, wire: str | None) -> Arrays:
     """y [C, H]..., gates back f32[C]? (or [C, K]), slot, recv_slot, counts -> [T, H]..., f32[T, K]?."""
-    *_, slot, recv_slot, counts = operands
-    static: dict[str, Any] = {"routing": routing, "num_rows": num_rows, "has_weights": has_weights}
-    return combine_done(*combine_start(*operands, **static, wire=wire), slot, recv_slot, counts, **static)
+    *payload, slot, recv_slot, _ = operands
+    result = [_sum(_send_partials(y, None, recv_slot, routing, wire)) for y in payload[:num_rows]]
+    if has_weights:
+        row = recv_slot.reshape(-1)
+        if routing.layout == "rank":  # f32[C, K]: the gate of choice k stands in column k of the token's row
+            row = jnp.where(
+                row < 0, -1, row * routing.num_topk + jnp.arange(row.size, dtype=jnp.int32) % routing.num_topk
+            )
+        back = _all_to_all(_take_rows(payload[-1].reshape(-1), row).reshape(recv_slot.shape), routing)
+        owner = jnp.maximum(slot, 0) // max(routing.max_recv_tokens, 1)
+        result.append(jnp.where(slot < 0, 0, jnp.take_along_axis(back, owner[None], axis=0)[0]))
+    return result
 
 
 def combine_weighted(
     y: jax.Array, weights: jax.Array, *arrays: jax.Array, routing: Routing, wire: str | None
 ) -> Arrays:
     """y [C, H], weights f32[C], slot, recv_slot, counts -> [T, H]: sum over k of weights[row(t, k)] * y[row(t, k)]."""
-    partials = combine_weighted_start(y, weights, *arrays, routing=routing, wire=wire)
-    return combine_done(*partials, *arrays, routing=routing, num_rows=1, has_weights=False)
+    return [_sum(_send_partials(y, weights, arrays[1], routing, wire))]
 
 
-def combine_start(*operands: jax.Array, routing: Routing, num_rows: int, has_weights: bool, wire: str | None) -> Arrays:
-    """y [C, H]..., gates back?, slot, recv_slot, counts -> every rank's sums for my tokens, [R, T, H]..., [R, T, K]?."""
-    *payload, _, recv_slot, _ = operands
-    result = [_send_partials(y, None, recv_slot, routing, wire) for y in payload[:num_rows]]
-    if has_weights:
-        back = payload[-1]
-        row = recv_slot.reshape(-1)
-        if routing.layout == "rank":  # f32[C, K]: the gate of choice k stands in column k of the token's row
-            row = jnp.where(
-                row < 0, -1, row * routing.num_topk + jnp.arange(row.size, dtype=jnp.int32) % routing.num_topk
-            )
-        result.append(_all_to_all(_take_rows(back.reshape(-1), row).reshape(recv_slot.shape), routing))
-    return result
-
-
-def combine_weighted_start(
-    y: jax.Array, weights: jax.Array, *arrays: jax.Array, routing: Routing, wire: str | None
-) -> Arrays:
-    """y [C, H], weights f32[C], slot, recv_slot, counts -> every rank's weighted sums for my tokens, [R, T, H]."""
-    return [_send_partials(y, weights, arrays[1], routing, wire)]
+combine_start = combine
+combine_weighted_start = combine_weighted
 
 
 def combine_done(*operands: jax.Array, routing: Routing, num_rows: int, has_weights: bool) -> Arrays:
-    """sums [R, T, H]..., gates back [R, T, K]?, slot, recv_slot, counts -> [T, H]..., f32[T, K]?."""
-    *payload, slot, _, _ = operands
-    result = []
-    for partials in payload[:num_rows]:
-        total = jnp.zeros(partials.shape[1:], jnp.float32)
-        for partial in partials:
-            total = total + partial.astype(jnp.float32)
-        result.append(total.astype(partials.dtype))
-    if has_weights:
-        owner = jnp.maximum(slot, 0) // max(routing.max_recv_tokens, 1)
-        back = jnp.take_along_axis(payload[-1], owner[None], axis=0)[0]
-        result.append(jnp.where(slot < 0, 0, back))
-    return result
+    """sums [T, H]..., gates back [T, K]?, slot, recv_slot, counts -> sums and gates as they are."""
+    del routing, num_rows, has_weights
+    return list(operands[:-3])
+
+
+def _sum(partials: jax.Array) -> jax.Array:
+    """[R, T, H] of the ranks -> [T, H], added in rank order in f32."""
+    total = jnp.zeros(partials.shape[1:], jnp.float32)
+    for partial in partials:
+        total = total + partial.astype(jnp.float32)
+    return total.astype(partials.dtype)
 
 
 def _send_partials(

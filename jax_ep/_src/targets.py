@@ -10,9 +10,13 @@ import jax
 
 BARRIER = "jax_ep_barrier"
 COMBINE = "jax_ep_combine"
+COMBINE_DONE = "jax_ep_combine_done"
+COMBINE_START = "jax_ep_combine_start"
 DISPATCH = "jax_ep_dispatch"
 DISPATCH_CACHED = "jax_ep_dispatch_cached"
+DISPATCH_DONE = "jax_ep_dispatch_done"
 DISPATCH_LAYOUT = "jax_ep_dispatch_layout"
+DISPATCH_START = "jax_ep_dispatch_start"
 INTERNODE_BARRIER = "jax_ep_internode_barrier"
 INTERNODE_COMBINE = "jax_ep_internode_combine"
 INTERNODE_DISPATCH = "jax_ep_internode_dispatch"
@@ -80,20 +84,25 @@ for _target, _handler in _core.handlers().items():
 
 Berth = _core.Berth
 Place = _core.Place
+Purpose = _core.Purpose
 box_bytes = _core.box_bytes
 built_ffi_api: Version = _core.ffi_api
+combine_landing_bytes = _core.combine_landing_bytes
 cuda_version: Version = _core.cuda_version
+dispatch_landing_bytes = _core.dispatch_landing_bytes
 export_allocation = _core.export_allocation
 has_failed_spanning = _core.has_failed_spanning
 have_peer_access = _core.have_peer_access
 import_memory = _core.import_memory
 install_internode = _core.install_internode
 internode_plan = _core.internode_plan
+landing_arena_bytes = _core.landing_arena_bytes
+low_latency_arena_bytes = _core.low_latency_arena_bytes
 low_latency_combine_bytes = _core.low_latency_combine_bytes
 low_latency_dispatch_bytes = _core.low_latency_dispatch_bytes
-make_arenas = _core.make_arenas
 make_group = _core.make_group
 make_internode_group = _core.make_internode_group
+make_shared_arena = _core.make_shared_arena
 make_shared_memory = _core.make_shared_memory
 make_spanning_group = _core.make_spanning_group
 nodes_of = _core.nodes_of

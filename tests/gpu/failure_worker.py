@@ -85,9 +85,9 @@ good, launched, bad = program(layer, MODE), program(layer, "launched"), program(
 before = [outcome(f, scale) for f in (good, launched) for scale in (1, 2, 3)]  # captured, then replayed
 jax_ep.config.timeout = TIMEOUT if SCENARIO != "late" else 30.0
 report = {"before": before, "failing": outcome(bad)}
-report["next"] = [outcome(good, scale) for scale in (1, 2)]  # of graphs: replays, in which no handler runs
+report["next"] = [outcome(good, scale) for scale in (1, 2)]  # of graphs: replays
 report["launched"] = [outcome(launched)]
-fresh = program(lambda x, idx: layer(x, idx), MODE)  # a graph that captures how a new generation begins
+fresh = program(lambda x, idx: layer(x, idx), MODE)
 report["fresh"] = [outcome(fresh, scale) for scale in range(1, 9)]
 report["by turns"] = [outcome(f, scale) for scale in range(1, 5) for f in (good, launched, fresh)]
 print("REPORT", json.dumps(report))

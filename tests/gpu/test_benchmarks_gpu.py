@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import pytest
 
 pytestmark = pytest.mark.gpu
@@ -21,10 +22,10 @@ def benchmarks_importable():
     sys.path.remove(str(ROOT))
 
 
-def run(out, name, *options):
+def run(out, name, *options, memory=(("XLA_PYTHON_CLIENT_PREALLOCATE", "false"),)):
     """In a process of its own: this one holds most of the GPUs' memory already."""
     command = [sys.executable, "-m", f"benchmarks.{name}", "--out", str(out), *options]
-    env = os.environ | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+    env = os.environ | dict(memory)
     done = subprocess.run(command, capture_output=True, text=True, timeout=280, cwd=ROOT, env=env, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     return json.loads(out.read_text())
@@ -51,3 +52,21 @@ def test_calls_inside_jit_are_timed(tmp_path, launch):
     assert {row["by"] for row in rows} == {"jax_ep", "all_to_all"} and {row["graph"] for row in rows} == {
         launch == "graph"
     }
+
+
+@pytest.mark.multiprocess
+@pytest.mark.skipif(len(jax.devices()) % 2 == 1, reason="needs an even number of GPUs")
+def test_a_process_a_gpu_is_timed_beside_one_for_all(tmp_path):
+    some = ["--cases", "expert", "--layouts", "expert", "--operations", "pair", "--wires", "none", "--baselines"]
+    some += ["--modes", "high_throughput", "low_latency", "--calls", "4", "--samples", "3", "--launch", "stream"]
+    rows = run(
+        tmp_path / "processes.json",
+        *("exchange", *some, "--processes", "1", "2"),
+        memory={"XLA_PYTHON_CLIENT_MEM_FRACTION": ".05"},  # in one piece, so that processes can share it
+    )
+    assert [(row["processes"], row["mode"], row["error"]) for row in rows] == [
+        (count, mode, None) for count in (1, 2) for mode in ("high_throughput", "low_latency")
+    ]
+    assert all(1 < row["us"] < 1e5 for row in rows)
+    # Through XLA's collectives a pair of these takes several times as long.
+    assert all(two["us"] < 3 * one["us"] for one, two in zip(rows[:2], rows[2:], strict=True))

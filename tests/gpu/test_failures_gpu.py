@@ -54,14 +54,14 @@ def test_the_error_names_operation_ranks_and_phase_and_later_calls_are_right(sce
 
 
 def test_a_failure_among_replayed_graphs():
-    """Replays run no handler: they give zeros, nothing else, until a launched call raises what happened. Then all are right."""
+    """No handler is run for a replay but the initialize stage: it raises what happened, and the next replay is right again."""
     report = report_of("no_dispatch", "graphs")
     assert set(outcomes(report["before"])) == {"right"}
-    assert set(outcomes(report["next"])) <= {"zero", "error", "right"}
-    told = [run["text"] for run in (report["failing"], *report["next"], *report["launched"]) if run["is"] == "error"]
-    assert told and re.search(TOLD["no_dispatch"], told[0]), report
-    # The new program captured what the host does for a new generation: replaying that must change nothing.
-    assert {*outcomes(report["fresh"]), *outcomes(report["by turns"])} == {"right"}, report
+    runs = [report["failing"], *report["next"]]
+    assert outcomes(runs) in (["zero", "error", "right"], ["error", "right", "right"]), report
+    (told,) = [run["text"] for run in runs if run["is"] == "error"]
+    assert re.search(TOLD["no_dispatch"], told), report
+    assert set(afterwards(report)) == {"right"}, report
 
 
 def test_a_rank_that_is_late_but_in_time_is_waited_for():

@@ -9,8 +9,11 @@ import numpy as np
 import pytest
 from cases import case
 from jax import lax
+from jax.experimental.compute_on import compute_on
 from layer import draw_many, layer, oracle_layer, place
-from spmd import assert_same_bits, sharded, split_ranks
+from spmd import assert_same_bits, dispatch, sharded, split_ranks
+
+import jax_ep
 
 pytestmark = pytest.mark.gpu
 
@@ -28,6 +31,20 @@ def unrolled(case):
     def f(x, topk_idx, weights):
         for i in range(LAYERS):
             x = layer(case, x[0] if i == 0 else x, topk_idx[i], weights[i])
+        return x
+
+    return f
+
+
+def halved(case):
+    """In halves: starts of high throughput are launched beside the graphs, dones in them."""
+
+    def f(x, topk_idx, weights):
+        for i in range(LAYERS):
+            pending = dispatch(case, x[0] if i == 0 else x, topk_idx[i], weights[i], start_only=True)
+            recv, handle = jax_ep.dispatch_done(pending)
+            gates = None if case.layout == "rank" else recv.weights
+            x = jax_ep.combine_done(jax_ep.combine_start(-recv.x, handle, gates))
         return x
 
     return f
@@ -56,7 +73,7 @@ def program(case, kind, mode):
 
 
 @pytest.mark.parametrize("layout", ["expert", "rank", "batched"])
-@pytest.mark.parametrize("kind", [unrolled, looped])
+@pytest.mark.parametrize("kind", [unrolled, halved, looped])
 @pytest.mark.parametrize("mode", MODES)
 def test_replays_with_changing_data(mode, kind, layout):
     c = case(layout)
@@ -79,6 +96,33 @@ def test_replays_in_flight_together():
     placed = [place(c, args) for args in inputs]
     for result, args in zip([f(*args) for args in placed], inputs, strict=True):
         assert_same_bits(split_ranks(result, c.num_ranks), oracle_of(c, unrolled, *args))
+
+
+def side_by_side(case, stream):
+    """LAYERS layers that do not depend on each other, every second of them on a stream of its own."""
+
+    def one(*args):
+        return layer(case, *args)
+
+    beside = compute_on(one, compute_type=f"gpu_stream:{stream}", out_memory_spaces=jax.memory.Space.Device)
+
+    def f(x, topk_idx, weights):
+        return jax.numpy.stack([(beside if i % 2 else one)(x[i], topk_idx[i], weights[i]) for i in range(LAYERS)])
+
+    return f
+
+
+@pytest.mark.parametrize("stream", ["1", "collective"])
+def test_calls_beside_the_main_stream_keep_the_order_of_the_group(stream):
+    c = case("expert")
+    f = jax.jit(sharded(c, side_by_side(c, stream), check_vma=False), compiler_options=MODES["launched"])
+    inputs = [draw_many(c, seed, LAYERS) for seed in range(CALLS)]
+    placed = [place(c, args) for args in inputs]
+    assert "stream_annotation" in f.lower(*placed[0]).as_text()
+    for result, args in zip([f(*args) for args in placed], inputs, strict=True):
+        got = split_ranks(result, c.num_ranks)
+        for i in range(LAYERS):
+            assert_same_bits(got[:, i], oracle_layer(c, *(a[:, i] for a in args)), f"layer {i}")
 
 
 def test_graphs_and_launches_by_turns_in_one_group():

@@ -75,11 +75,75 @@ def test_both_kinds_of_kernels_and_the_reference_agree_to_the_bit(layout, monkey
         jax.tree.map(np.testing.assert_array_equal, result, reference)
 
 
-def test_low_latency_halves_in_a_scan_carry_their_rows_from_one_step_to_the_next():
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("layout", ["expert", "rank", "batched"])
+def test_two_batches_in_halves_are_kernels_and_give_the_bits_of_whole_calls(layout, mode):
+    """Many calls in flight, nothing between them that would keep the ranks together."""
+    static = {"axis_name": "e", "num_experts": 4 * len(jax.devices()), "layout": layout, "mode": mode}
+
+    def whole(x, idx, gates):
+        recv, handle = jax_ep.dispatch(x, idx, gates, **static)
+        return jax_ep.combine(recv.x * recv.x, handle, None if layout == "rank" else recv.weights)
+
+    def experts(pending):
+        recv, handle = jax_ep.dispatch_done(pending)
+        return jax_ep.combine_start(recv.x * recv.x, handle, None if layout == "rank" else recv.weights)
+
+    def two(x, idx, gates):
+        a, b = jax_ep.dispatch_start(x, idx, gates, **static), jax_ep.dispatch_start(-3 * x, idx, gates, **static)
+        a, b = experts(a), experts(b)
+        return jax_ep.combine_done(a), jax_ep.combine_done(b)
+
+    text = shard_map(two).lower(*operands()).as_text()
+    prefix = "jax_ep_low_latency_" if mode == "low_latency" else "jax_ep_"
+    for half in ("dispatch_start", "dispatch_done", "combine_start", "combine_done"):
+        assert f"@{prefix}{half}(" in text
+    assert "all_gather" not in text and "all_to_all" not in text
+    x, idx, gates = operands()
+    expected = [np.asarray(shard_map(whole)(y, idx, gates)) for y in (x, -3 * x)]
+    f = shard_map(two)
+    for result in [f(x, idx, gates) for _ in range(50)]:
+        for got, want in zip(result, expected, strict=True):
+            np.testing.assert_array_equal(np.asarray(got), want)
+
+
+def test_work_between_the_halves_of_high_throughput_runs_while_rows_travel():
+    """Not a measure (benchmarks/overlap.py is): a long product between the halves, and the bits are the same."""
+    static = {"axis_name": "e", "num_experts": 4 * len(jax.devices()), "mode": "high_throughput"}
+    num_ranks = len(jax.devices())
+    rng = np.random.default_rng(5)
+    idx = rng.integers(0, 4 * num_ranks, (2048 * num_ranks, 3)).astype(np.int32)
+    x = jnp.asarray(rng.standard_normal((2048 * num_ranks, 1024)), jnp.bfloat16)
+
+    def f(x, idx, w):
+        outs, product = [], w
+        for i in range(4):
+            pending = jax_ep.dispatch_start(x * (i + 1), idx, **static)
+            pending, product = jax.lax.optimization_barrier((pending, product))
+            pending, product = jax.lax.optimization_barrier((pending, product @ w))
+            recv, handle = jax_ep.dispatch_done(pending)
+            pending = jax_ep.combine_start(recv.x, handle)
+            pending, product = jax.lax.optimization_barrier((pending, product))
+            pending, product = jax.lax.optimization_barrier((pending, product @ w))
+            outs.append(jax_ep.combine_done(pending))
+        return jnp.stack(outs, 1), product
+
+    def whole(x, idx):
+        recv, handle = jax_ep.dispatch(x, idx, **static)
+        return jax_ep.combine(recv.x, handle)
+
+    w = jnp.asarray(rng.standard_normal((2048 * num_ranks, 2048)) / 45, jnp.bfloat16)
+    outs = np.asarray(shard_map(f)(x, idx, w)[0])
+    for i in range(4):
+        np.testing.assert_array_equal(outs[:, i], np.asarray(shard_map(whole)(x * (i + 1), idx)))
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_halves_in_a_scan_carry_their_rows_from_one_step_to_the_next(mode):
     """Each step ends the exchange that the step before has started; the first ends one of nothing."""
 
     def f(x, idx, gates):
-        static = {"axis_name": "e", "num_experts": 4 * len(jax.devices()), "mode": "low_latency"}
+        static = {"axis_name": "e", "num_experts": 4 * len(jax.devices()), "mode": mode}
 
         def step(pending, x):
             recv, handle = jax_ep.dispatch_done(pending)

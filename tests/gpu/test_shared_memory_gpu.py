@@ -46,9 +46,9 @@ def test_arrays_are_seen_in_xlas_memory_where_it_is_mapped_again():
     memory = peers.CudaMemory()
     if os.environ.get("XLA_PYTHON_CLIENT_PREALLOCATE", "true").lower() in ("false", "0"):
         with pytest.raises(RuntimeError, match="XLA_PYTHON_CLIENT_PREALLOCATE"):
-            memory.arena(device)
+            memory.xla_memory(device)
         return
-    region = memory.arena(device)
+    region = memory.xla_memory(device)
     try:
         here = memory.map(region.descriptor, region.num_bytes)
     finally:

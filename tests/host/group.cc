@@ -4,6 +4,7 @@
 // g++ -std=c++17 -Iffi -I<cuda>/include -o group tests/host/group.cc ffi/group/group.cc -lpthread
 #include "group/group.h"
 
+#include <algorithm>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -13,9 +14,21 @@
 #include "combine/combine.h"
 #include "dispatch/dispatch.h"
 #include "group/barrier.h"
+#include "halves/halves.h"
 #include "low_latency/low_latency.h"
 
 std::vector<const jax_ep::GroupView*> g_views;
+// A stream or event is here what it comes after: the calls launched on a stream, and those it has waited for.
+std::vector<int>* g_capturing = nullptr;
+
+namespace jax_ep {
+
+char* Zeros(size_t bytes) {  // as aligned as device memory
+  bytes = (bytes + 255) / 256 * 256;
+  return static_cast<char*>(std::memset(std::aligned_alloc(256, bytes), 0, bytes));
+}
+
+}  // namespace jax_ep
 
 extern "C" {
 cudaError_t cudaGetDeviceCount(int* count) { return *count = 2, cudaSuccess; }
@@ -25,7 +38,7 @@ cudaError_t cudaGetLastError() { return cudaSuccess; }
 const char* cudaGetErrorString(cudaError_t) { return "an error"; }
 cudaError_t cudaDeviceEnablePeerAccess(int, unsigned int) { return cudaSuccess; }
 cudaError_t cudaDeviceCanAccessPeer(int* can, int, int) { return *can = 1, cudaSuccess; }
-cudaError_t cudaMalloc(void** memory, size_t bytes) { return *memory = std::calloc(bytes, 1), cudaSuccess; }
+cudaError_t cudaMalloc(void** memory, size_t bytes) { return *memory = jax_ep::Zeros(bytes), cudaSuccess; }
 cudaError_t cudaHostAlloc(void** memory, size_t bytes, unsigned int) { return cudaMalloc(memory, bytes); }
 cudaError_t cudaMemset(void* memory, int value, size_t bytes) { return std::memset(memory, value, bytes), cudaSuccess; }
 cudaError_t cudaMemsetAsync(void* memory, int value, size_t bytes, cudaStream_t) {
@@ -38,8 +51,26 @@ cudaError_t cudaMemcpy(void* to, const void* from, size_t bytes, cudaMemcpyKind)
 cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMemcpyKind kind, cudaStream_t) {
   return cudaMemcpy(to, from, bytes, kind);
 }
+cudaError_t cudaEventCreateWithFlags(cudaEvent_t* event, unsigned int) {
+  return *event = reinterpret_cast<cudaEvent_t>(new std::vector<int>), cudaSuccess;
+}
+cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t stream) {
+  return *reinterpret_cast<std::vector<int>*>(event) = *reinterpret_cast<std::vector<int>*>(stream), cudaSuccess;
+}
+cudaError_t cudaStreamWaitEvent(cudaStream_t stream, cudaEvent_t event, unsigned int) {
+  auto& done = *reinterpret_cast<std::vector<int>*>(stream);
+  const auto& before = *reinterpret_cast<std::vector<int>*>(event);
+  return done.insert(done.end(), before.begin(), before.end()), cudaSuccess;
+}
+cudaError_t cudaStreamIsCapturing(cudaStream_t stream, cudaStreamCaptureStatus* status) {
+  const bool captures = reinterpret_cast<std::vector<int>*>(stream) == g_capturing;
+  return *status = captures ? cudaStreamCaptureStatusActive : cudaStreamCaptureStatusNone, cudaSuccess;
+}
 cudaError_t cudaStreamCreateWithFlags(cudaStream_t*, unsigned int) { return cudaSuccess; }
 cudaError_t cudaStreamDestroy(cudaStream_t) { return cudaSuccess; }
+cudaError_t cudaStreamCreateWithPriority(cudaStream_t*, unsigned int, int) { return cudaSuccess; }
+cudaError_t cudaDeviceGetStreamPriorityRange(int*, int*) { return cudaSuccess; }
+cudaError_t cudaFree(void* memory) { return std::free(memory), cudaSuccess; }
 cudaError_t cudaStreamSynchronize(cudaStream_t) { return cudaSuccess; }
 }
 
@@ -54,6 +85,9 @@ cudaError_t LoadCombine() { return cudaSuccess; }
 cudaError_t LoadBarrier() { return cudaSuccess; }
 cudaError_t LoadLowLatencyDispatch() { return cudaSuccess; }
 cudaError_t LoadLowLatencyCombine() { return cudaSuccess; }
+cudaError_t LoadDispatchHalves() { return cudaSuccess; }
+cudaError_t LoadCombineHalves() { return cudaSuccess; }
+cudaError_t LoadPush() { return cudaSuccess; }
 cudaError_t LaunchBeginGeneration(const Ledgers& ledgers, uint64_t generation, cudaStream_t) {
   g_ledgers = ledgers.count;
   for (const GroupView* view : g_views) {
@@ -118,6 +152,75 @@ void OneProcess() {
   EXPECT(!Group::HasFailedSpanning());
 }
 
+// What the initialize stage hears and begins before a run of which perhaps nothing else reaches the host: a graph.
+void Replays() {
+  const std::vector<int> devices{10, 11};
+  Group& group = Group::OfDevices(devices);
+  const auto before = [&](int64_t run) { return Group::HearBefore(run, devices, 2); };
+  const auto begin = [&](int64_t run) {
+    const std::string first = group.BeginRun(0, run, nullptr);
+    return first + group.BeginRun(1, run, nullptr);
+  };
+  EXPECT(before(101).empty() && begin(101).empty() && TakeBegun().empty());
+  EXPECT(before(102).empty());
+  Fail(group, 0, 1, 0);
+  // Device 1 comes to run 102 later than device 0, for which it was all right: none of them gives it up.
+  EXPECT(before(102).empty() && begin(102).empty());
+  const std::string told = before(103);
+  EXPECT(Has(told, "combine: rank 0 waited for rank 1") && before(103) == told && before(102).empty());
+  EXPECT(begin(102).empty() && begin(103).empty() && TakeBegun().empty());
+  EXPECT(before(104).empty() && begin(104).empty() && TakeBegun() == Begun{{0, 1}, {1, 1}});
+  EXPECT(before(104).empty() && begin(104).empty() && TakeBegun().empty());  // of the second call in the program
+  // Another group's failure is no concern of a program without calls of it.
+  Fail(group, 1, 0, 1);
+  EXPECT(Group::HearBefore(105, {11, 10}, 2).empty());
+  EXPECT(Group::HearBefore(106, {11, 99}, 2).empty());
+  // Heard of at a launch, then by the devices that come to the same run later, and by runs that had begun.
+  EXPECT(before(107) == before(107) && !before(107).empty() && before(108).empty());
+  Fail(group, 1, 0, 2);
+  EXPECT(!group.Enter(1, 108, nullptr).empty() && !group.Enter(0, 108, nullptr).empty() && begin(108).empty());
+  EXPECT(TakeBegun().empty());
+  EXPECT(before(109).empty() && group.Enter(0, 109, nullptr).empty() && TakeBegun() == Begun{{0, 3}});
+  // Of groups that are called together, what has failed in one all hear.
+  Fail(group, 0, 1, 3);
+  EXPECT(!Group::HearBefore(110, {11, 10, 10, 11}, 2).empty() && Group::HearBefore(110, {11, 10}, 2).empty());
+  for (int64_t run = 200; run < 3000; ++run) EXPECT(before(run).empty());  // old ones are forgotten
+  EXPECT(begin(2999).empty() && TakeBegun() == Begun{{0, 4}, {1, 4}});
+}
+
+// Whatever streams calls are launched on, each comes after all before it.
+void Streams() {
+  Group& group = Group::OfDevices({11});
+  std::vector<int> main, beside, other, captured;
+  const auto stream = [](std::vector<int>& calls) { return reinterpret_cast<cudaStream_t>(&calls); };
+  const auto call = [&](std::vector<int>& on, int number) {
+    EXPECT(group.Enter(0, 5000, stream(on)).empty());
+    const std::vector<int> before = on;
+    on.push_back(number);
+    EXPECT(group.Leave(0, stream(on)) == cudaSuccess);
+    return before;
+  };
+  const auto has_all = [](const std::vector<int>& before, int up_to) {
+    for (int i = 0; i < up_to; ++i) {
+      if (std::find(before.begin(), before.end(), i) == before.end()) return false;
+    }
+    return true;
+  };
+  EXPECT(group.BeginRun(0, 5000, stream(main)).empty());
+  int number = 0;
+  for (auto* on : {&main, &beside, &main, &main, &beside, &beside, &other, &beside, &other, &main, &other, &main}) {
+    EXPECT(has_all(call(*on, number), number));
+    ++number;
+  }
+  // On the main stream alone nothing is waited for, and a capture is left alone.
+  const size_t before = main.size();
+  call(main, 100);
+  g_capturing = &captured;
+  EXPECT(call(captured, 101).empty() && captured == std::vector<int>{101});
+  call(main, 102);
+  EXPECT(main.size() == before + 2);
+}
+
 std::vector<Place> Places(char* windows) {
   const auto window = [&](int i) { return reinterpret_cast<uint64_t>(windows) + i * sizeof(Window); };
   const uint64_t negative = -4096;
@@ -125,7 +228,7 @@ std::vector<Place> Places(char* windows) {
 }
 
 void SeveralProcesses() {
-  auto* windows = static_cast<char*>(std::calloc(6, sizeof(Window)));
+  char* const windows = Zeros(6 * sizeof(Window));
   Group::MakeSpanning({11, 12, 10}, Places(windows));
   Group& group = Group::OfDevices({11, 12, 10});
   Group::MakeSpanning({11, 12, 10}, Places(windows));
@@ -138,13 +241,28 @@ void SeveralProcesses() {
     EXPECT(view.shift[0] == 0 && 7050 + view.shift[1] == 7050 - 4096 && view.shift[2] == 0);
   }
   EXPECT(group.Enter(0, 1, nullptr).empty() && !Group::HasFailedSpanning());
-  bool refused = false;  // arenas are not shared between processes
+  // Arenas are where they were mapped; this process counts in its own ranks' and touches no others.
+  const int64_t bytes = Group::LowLatencyArenaBytes(1000);
+  char* const arenas = Zeros(3 * bytes);
+  const auto arena = [&](int i) { return reinterpret_cast<Arena*>(arenas + i * bytes); };
+  std::vector<uint64_t> at;
+  for (int i = 0; i < 3; ++i) at.push_back(reinterpret_cast<uint64_t>(arena(i)));
+  bool refused = false;
   try {
     group.MakeArenas(1000);
-  } catch (const std::runtime_error&) {
-    refused = true;
+  } catch (const std::runtime_error& error) {
+    refused = Has(error.what(), "was not lowered in this process");
   }
   EXPECT(refused);
+  arena(0)->gone[1] = arena(1)->epoch = 5;  // a peer was here before, and has counted
+  group.MakeSharedArena(Purpose::kLowLatency, bytes, at);
+  group.MakeArenas(1000);
+  for (int rank : {0, 2}) {
+    const ArenaView view = group.arenas(rank, 900);
+    EXPECT(view.rank == rank && view.num_ranks == 3 && view.group == group.view(rank));
+    for (int i = 0; i < 3; ++i) EXPECT(view.arena[i] == reinterpret_cast<char*>(arena(i)));
+  }
+  EXPECT(arena(0)->gone[1] == 5 && arena(1)->epoch == 5);
 
   Fail(group, 2, 1, 0);
   EXPECT(Group::HasFailedSpanning() && Group::HasFailedSpanning());
@@ -152,12 +270,16 @@ void SeveralProcesses() {
     const std::string told = group.Enter(0, run, nullptr);
     EXPECT(Has(told, "rank 2 of process 0 waited for rank 1 of process 4") && Has(told, "Call jax_ep.initialize()"));
   }
+  for (int run : {1, 4}) {
+    EXPECT(Has(Group::HearBefore(run, {11, 12, 10}, 3), "Call jax_ep.initialize()"));
+    EXPECT(group.BeginRun(0, run, nullptr).empty());
+  }
   EXPECT(TakeBegun().empty());
   Group::Resume(7);
   EXPECT(Group::SpanningGeneration() == 7 && !Group::HasFailedSpanning());
   EXPECT(group.Enter(2, 4, nullptr).empty() && group.Enter(0, 4, nullptr).empty() &&
          group.Enter(2, 5, nullptr).empty());
-  EXPECT(TakeBegun() == Begun{{2, 7}, {0, 7}});
+  EXPECT(TakeBegun() == Begun{{2, 7}, {0, 7}} && g_ledgers == 2);
   Fail(group, 0, 2, 6);
   EXPECT(group.Enter(0, 5, nullptr).empty());
 
@@ -173,7 +295,7 @@ void SeveralProcesses() {
   Group::MakeSpanning({10, 12, 11},
                       Places(windows + 3 * sizeof(Window)));  // made later, in the same generation as the rest
   Group& later = Group::OfDevices({10, 12, 11});
-  EXPECT(later.Enter(0, 7, nullptr).empty());
+  EXPECT(Group::HearBefore(7, {10, 12, 11}, 3).empty() && later.BeginRun(0, 7, nullptr).empty());
   EXPECT(TakeBegun() == Begun{{0, 7}});
 }
 
@@ -195,6 +317,8 @@ int main() {
   EXPECT(Group::DeviceOf(1) == 1);  // as long as nobody says otherwise
   Group::SetOrdinals({{10, 0}, {11, 1}});
   OneProcess();
+  Replays();
+  Streams();
   SeveralProcesses();
   Unknown();
   Group::SetTimeout(1.5);

@@ -8,6 +8,7 @@ import dataclasses
 import functools
 import os
 import signal
+import threading
 import time
 import traceback
 import warnings
@@ -30,6 +31,7 @@ EXCHANGES = [
     *("rank-eight-ranks", "rank-tight"),
     *("batched-eight-ranks", "batched-tight", "batched-roomy-two-axes"),
 ]
+LOW_LATENCY = ("expert-eight-ranks", "rank-tight", "batched-tight")
 STYLES = ("distinct", "invalid", "one_rank")
 
 
@@ -77,12 +79,12 @@ def close(got, expected, name):
 # ---- checks ----------------------------------------------------------------------------------------------------------
 
 
-def exchange(c, **static):
+def exchange(c, **options):
     """dispatch with all its results, dispatch_cached, combine with and without gates: every bit is the oracle's."""
     weighted = c.layout != "rank"
 
     def f(x, topk_idx, weights, other_x):
-        recv, handle = dispatch(c, x, topk_idx, weights, **static)
+        recv, handle = dispatch(c, x, topk_idx, weights, **options)
         y = recv.x * jnp.asarray(0.375, recv.x.dtype)
         sums = jax_ep.combine(y, handle), jax_ep.combine(y, handle, recv.weights) if weighted else None
         return recv, handle, jax_ep.dispatch_cached(other_x, handle), y, sums
@@ -117,12 +119,12 @@ def exchange(c, **static):
             compare(with_gates, oracle.combine(expected.routing, rows, gate), "combine with gates")
 
 
-def halves():
+def halves(c=None, **options):
     """dispatch_start to combine_done gives the bits of dispatch and combine."""
-    c = case("expert-eight-ranks")
+    c = c or case("expert-eight-ranks")
 
     def f(x, topk_idx, weights):
-        recv, handle = jax_ep.dispatch_done(dispatch(c, x, topk_idx, weights, start_only=True))
+        recv, handle = jax_ep.dispatch_done(dispatch(c, x, topk_idx, weights, start_only=True, **options))
         return recv.x, jax_ep.combine_done(jax_ep.combine_start(recv.x, handle, recv.weights))
 
     topk_idx = draw_topk_idx(c, "distinct")
@@ -134,12 +136,12 @@ def halves():
     compare(out, oracle.combine(expected.routing, expected.x, expected.weights))
 
 
-def wire_formats():
+def wire_formats(c=None, **options):
     """One row of integers a token is exact in fp8 as well: what arrives is what was sent."""
-    c = dataclasses.replace(case("expert-eight-ranks"), dtype="float32")
+    c = dataclasses.replace(c or case("expert-eight-ranks"), dtype="float32")
 
     def f(x, topk_idx):
-        recv, handle = dispatch(c, x, topk_idx, wire="fp8_ue8m0")
+        recv, handle = dispatch(c, x, topk_idx, wire="fp8_ue8m0", **options)
         return jax_ep.dequantize(recv.x), jax_ep.combine(jax_ep.dequantize(recv.x), handle, wire=None)
 
     x, topk_idx = integers(0, c.num_ranks, c.num_tokens, c.hidden), draw_topk_idx(c, "distinct")
@@ -289,44 +291,67 @@ def on_all_gpus(name):
     )
 
 
-def small_call():
-    """A program of one dispatch and one combine on all GPUs: x f32[R * 16, 64] of this process's making to R * x."""
+GRAPHS = {"xla_gpu_enable_command_buffer": "FUSION,CUBLAS,CUSTOM_CALL", "xla_gpu_graph_min_graph_size": 1}
+
+
+def small_call(mode="high_throughput", graph=False, num_tokens=16, hidden=64):
+    """A program of one dispatch and one combine on all GPUs: x f32[R * num_tokens, hidden] of this process's making to R * x."""
     num_ranks = jax.device_count()
     mesh, spec = Mesh(np.array(jax.devices()), ("expert",)), P("expert")
 
     def f(x, topk_idx):
-        recv, handle = jax_ep.dispatch(x, topk_idx, axis_name="expert", num_experts=num_ranks)
+        recv, handle = jax_ep.dispatch(x, topk_idx, axis_name="expert", num_experts=num_ranks, mode=mode)
         return jax_ep.combine(recv.x, handle)
 
-    compiled = jax.jit(jax.shard_map(f, mesh=mesh, in_specs=spec, out_specs=spec))
-    topk_idx = np.tile(np.arange(num_ranks, dtype=np.int32), (16 * num_ranks, 1))
+    sharded = jax.shard_map(f, mesh=mesh, in_specs=spec, out_specs=spec)
+    compiled = jax.jit(sharded, compiler_options=GRAPHS if graph else {"xla_gpu_enable_command_buffer": ""})
+    topk_idx = np.tile(np.arange(num_ranks, dtype=np.int32), (num_tokens * num_ranks, 1))
+    shape = (num_tokens * num_ranks, hidden)
 
     def call(value):
-        x = np.full((16 * num_ranks, 64), value, np.float32)
-        out = compiled(*spread(mesh, spec, (x, topk_idx)))
+        out = compiled(*spread(mesh, spec, (np.full(shape, value, np.float32), topk_idx)))
         return np.concatenate([np.asarray(shard.data) for shard in out.addressable_shards])
 
-    call.text = lambda: compiled.lower(
-        *spread(mesh, spec, (np.zeros((16 * num_ranks, 64), np.float32), topk_idx))
-    ).as_text()
+    call.text = lambda: compiled.lower(*spread(mesh, spec, (np.zeros(shape, np.float32), topk_idx))).as_text()
     return call
 
 
-def kernels_serve():
-    text = small_call().text()
-    assert "@jax_ep_dispatch(" in text and "@jax_ep_combine(" in text
+def kernels_serve(mode):
+    text, prefix = small_call(mode).text(), "jax_ep_low_latency" if mode == "low_latency" else "jax_ep"
+    assert f"@{prefix}_dispatch(" in text and f"@{prefix}_combine(" in text
     assert "all_gather" not in text and "all_to_all" not in text
 
 
-def many_calls():
-    call = small_call()
+def many_calls(**how):
+    call = small_call(**how)
     for i in range(50):
         assert (call(i) == i * jax.device_count()).all()
 
 
+def sizes_by_turns():
+    """Larger arenas come while programs with smaller ones are there; all stay right, launched or replayed."""
+    calls = []
+    for num_tokens, hidden in ((4, 64), (128, 1024), (16, 64), (512, 1024)):
+        calls += [small_call("low_latency", graph, num_tokens, hidden) for graph in (False, True)]
+        for i in range(6):
+            for call in calls:
+                assert (call(i) == i * jax.device_count()).all()
+
+
 def core_on_gpus():
+    jax_ep.config.arena_bytes = 1 << 20  # for some arenas; processes make the others when asked
     jax_ep.initialize()
-    checks = {"kernels serve": kernels_serve, "many calls": many_calls, "barrier": barrier}
+    checks = {"barrier": barrier, "sizes by turns": sizes_by_turns}
+    for mode in ("high_throughput", "low_latency"):
+        checks[f"kernels serve, {mode}"] = functools.partial(kernels_serve, mode)
+        for graph in (False, True):
+            checks[f"many calls, {mode}, graph {graph}"] = functools.partial(many_calls, mode=mode, graph=graph)
+    for name in LOW_LATENCY:
+        checks[f"exchange {name}, low latency"] = lambda name=name: exchange(on_all_gpus(name), mode="low_latency")
+    for check in (halves, wire_formats):
+        checks[f"{check.__name__}, low latency"] = lambda check=check: check(
+            on_all_gpus("expert-eight-ranks"), mode="low_latency"
+        )
     checks |= {f"exchange {name}": lambda name=name: exchange(on_all_gpus(name)) for name in EXCHANGES}
     for layout in ("expert", "rank", "batched"):
         checks[f"gradients {layout}"] = lambda layout=layout: gradients(layout, on_all_gpus(f"{layout}-eight-ranks"))
@@ -349,12 +374,12 @@ def both_here(name):
     compat.distributed_client().wait_at_barrier(f"test/{name}", 60_000)
 
 
-def comes_late():
+def comes_late(mode, graph):
     """Process 1 stays away from a call, then comes: both learn of it, and after initialize both are right again."""
     jax_ep.initialize()
     jax_ep.config.timeout = 2.0
-    call, me, num_ranks = small_call(), jax.process_index(), jax.device_count()
-    assert (call(1) == num_ranks).all()
+    call, me, num_ranks = small_call(mode, graph), jax.process_index(), jax.device_count()
+    assert all((call(i) == i * num_ranks).all() for i in range(3))  # captured, then replayed
     both_here("right")
     errors = [error_of(call)] if me == 0 else []
     both_here("0 has failed")
@@ -366,16 +391,32 @@ def comes_late():
     return {"errors": errors, "right": right}
 
 
-def dies():
-    """Process 1 is killed between two calls; what process 0 is told."""
+def is_killed(mode, graph):
+    """Process 1 is killed while calls are under way; what process 0 is told, and when. No result but zeros is wrong before."""
     jax_ep.initialize()
     jax_ep.config.timeout = 3.0
-    call = small_call()
-    assert (call(1) == jax.device_count()).all()
+    call, num_ranks = small_call(mode, graph), jax.device_count()
+    assert (call(1) == num_ranks).all()
     both_here("right")
     if jax.process_index() == 1:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return error_of(call)
+        threading.Timer(0.5, lambda: os.kill(os.getpid(), signal.SIGKILL)).start()
+    last_right, count = time.monotonic(), 0
+    while time.monotonic() < last_right + 30:
+        try:
+            out = call(count + 1)
+        except jax.errors.JaxRuntimeError as error:
+            return {"error": str(error), "seconds": time.monotonic() - last_right, "calls": count}
+        if (out == (count + 1) * num_ranks).all():
+            last_right, count = time.monotonic(), count + 1
+        else:
+            assert (out == 0).all()
+    return {"error": None}
+
+
+def starts_and_calls():
+    """A job that is there only for a few calls."""
+    jax_ep.initialize()
+    return [bool((small_call(mode)(3) == 3 * jax.device_count()).all()) for mode in ("high_throughput", "low_latency")]
 
 
 def falls_back():

@@ -1,4 +1,4 @@
-"""Workers that go wrong, for test_launch.py."""
+"""Workers that go wrong or tell how they were started, for test_launch.py."""
 
 import time
 
@@ -9,3 +9,7 @@ def one_fails_one_hangs():
     if jax.process_index() == 1:
         raise ValueError("as told")
     time.sleep(600)
+
+
+def chosen_gpus():
+    return jax.config.values["jax_cuda_visible_devices"]

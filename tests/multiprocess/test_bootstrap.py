@@ -26,7 +26,9 @@ def test_two_processes_meet_or_are_told_who_is_missing_or_different():
     assert first["after_finalize_alone"] is None
 
     installed = importlib.metadata.version("jax-ep")
-    theirs, mine = (f"jax-ep {v}, jaxlib {jax.lib.__version__}, max_groups 8" for v in ("9.9.9", installed))
+    theirs, mine = (
+        f"jax-ep {v}, jaxlib {jax.lib.__version__}, max_groups 8, arena_bytes 268435456" for v in ("9.9.9", installed)
+    )
     assert f"got {theirs} on process 1 and {mine} on process 0" in first["versions"]
     assert f"got {mine} on process 0 and {theirs} on process 1" in second["versions"]
     assert first["reinstalled"] is None and second["reinstalled"] is None

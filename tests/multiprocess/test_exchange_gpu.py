@@ -4,6 +4,10 @@ Two processes with a GPU each, one process with two, two with two each; where th
 (pretending: their kernels take turns). Alone: JAX_EP_TEST_PLATFORM=gpu pytest -n 0 tests/multiprocess/test_exchange_gpu.py
 """
 
+import os
+import subprocess
+from pathlib import Path
+
 import jax
 import launch
 import pytest
@@ -18,7 +22,7 @@ SPLITS = {
     "three GPUs and one": ["0,1,2", "3"],
 }
 # As under SLURM: all GPUs are visible, and jax.distributed takes number SLURM_LOCALID of them.
-CHOSEN_BY_JAX = [{"JAX_CUDA_VISIBLE_DEVICES": "0"}, {"JAX_CUDA_VISIBLE_DEVICES": "1"}]
+CHOSEN_BY_JAX = [{launch.CHOSEN_GPUS: "0"}, {launch.CHOSEN_GPUS: "1"}]
 
 
 def gpus_of(split):
@@ -56,8 +60,13 @@ def assert_right(processes):
         assert first["after"] >= second["before"]  # process 1 came late
 
 
-def test_a_process_that_comes_late_is_named_and_initialize_makes_all_right_again():
-    first, second = launch.run("exchange_worker:comes_late", gpus=two_processes())
+HOW = [("high_throughput", False), ("high_throughput", True), ("low_latency", False), ("low_latency", True)]
+
+
+@pytest.mark.parametrize(("mode", "graph"), HOW)
+def test_a_process_that_comes_late_is_named_and_initialize_makes_all_right_again(mode, graph):
+    how = {"mode": mode, "graph": graph}
+    first, second = launch.run("exchange_worker:comes_late", gpus=two_processes(), arguments=how)
     (missed, seconds), (refused, at_once) = first["errors"]
     assert "rank 0 of process 0 waited for rank 1 of process 1" in missed and 1.9 < seconds < 20
     assert "Call jax_ep.initialize() in every process" in missed
@@ -67,10 +76,41 @@ def test_a_process_that_comes_late_is_named_and_initialize_makes_all_right_again
     assert first["right"] == second["right"] == [True] * 4
 
 
-def test_a_process_that_dies_becomes_an_error_that_names_its_rank():
-    (error, seconds), _ = launch.run("exchange_worker:dies", gpus=two_processes(), dies=1)
-    assert "waited for rank 1 of process 1" in error
-    assert seconds < 20
+@pytest.mark.parametrize(("mode", "graph"), HOW)
+def test_a_process_that_is_killed_in_a_call_is_named_in_time_and_a_new_job_starts_at_once(mode, graph):
+    how = {"mode": mode, "graph": graph}
+    seen, _ = launch.run("exchange_worker:is_killed", gpus=two_processes(), arguments=how, dies=1)
+    assert seen["error"] and "waited for rank 1 of process 1" in seen["error"]
+    assert seen["seconds"] < 10 and seen["calls"] > 0  # the deadline is 3 s
+    assert launch.run("exchange_worker:starts_and_calls", gpus=two_processes()) == [[True, True]] * 2
+
+
+def left_on_this_machine():
+    """What a job may leave behind: MiB in use on each GPU, its sockets, files in /dev/shm, descriptors of this process."""
+    query = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
+    used = subprocess.run(query, capture_output=True, text=True, timeout=60, check=True).stdout
+    return {
+        "memory": [int(line) for line in used.split()],
+        "sockets": [line for line in Path("/proc/net/unix").read_text().splitlines() if "@jax_ep" in line],
+        "shm": sorted(path.name for path in Path("/dev/shm").iterdir()),
+        "descriptors": len(list(Path("/proc/self/fd").iterdir())),
+    }
+
+
+def test_jobs_that_start_and_end_or_are_killed_leave_nothing_behind():
+    """JAX_EP_TEST_STARTS jobs in a row, every fourth of them killed. Ten seconds each."""
+    for _ in range(2):
+        launch.run("exchange_worker:starts_and_calls", gpus=two_processes())
+    before = left_on_this_machine()
+    for i in range(int(os.environ.get("JAX_EP_TEST_STARTS", "20"))):
+        if i % 4 == 3:
+            how = {"mode": HOW[i // 4 % len(HOW)][0], "graph": False}
+            launch.run("exchange_worker:is_killed", gpus=two_processes(), arguments=how, dies=1)
+        else:
+            assert launch.run("exchange_worker:starts_and_calls", gpus=two_processes()) == [[True, True]] * 2
+    after = left_on_this_machine()
+    assert all(now - then < 16 for then, now in zip(before.pop("memory"), after.pop("memory"), strict=True))
+    assert after == before
 
 
 @pytest.mark.skipif("len(jax.devices()) < 2", reason="NCCL wants a GPU a rank")

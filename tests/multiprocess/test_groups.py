@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import jax_ep
-from jax_ep._src import compat, coordination, group, internode, peers, targets
+from jax_ep._src import arenas, compat, coordination, group, internode, peers, targets
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,25 +31,25 @@ GPUS = [Gpu(10 + i, i // 2, i % 2 if i < 2 else None) for i in range(6)]
 HOSTS = ["here", "here", "elsewhere"]
 
 
-def world(reasons=None, max_groups=8):
+def world(reasons=None, max_groups=8, arena_bytes=1 << 20):
     devices = {
         gpu.id: peers.Device(
             process=gpu.process_index,
-            windows=(1000 * gpu.id, 100),
-            arena=(100_000 * gpu.id, 5000),
-            windows_here=(1000 if gpu.process_index == 0 else 7000) * gpu.id,
-            arena_here=(100_000 if gpu.process_index == 0 else 90_000) * gpu.id,
+            shared=(1000 * gpu.id, 100),
+            xla=(100_000 * gpu.id, 5000),
+            shared_here=(1000 if gpu.process_index == 0 else 7000) * gpu.id,
+            xla_here=(100_000 if gpu.process_index == 0 else 90_000) * gpu.id,
         )
         for gpu in GPUS
     }
-    return peers.World(0, HOSTS, reasons or {}, devices, max_groups)
+    return peers.World(0, HOSTS, reasons or {}, devices, max_groups, arena_bytes, ["a", "b", "c"], None)
 
 
 class Made:
     """What ffi/group/ is asked for."""
 
     def __init__(self):
-        self.local, self.spanning, self.over_nodes, self.ordinals = [], {}, {}, {}
+        self.local, self.spanning, self.over_nodes, self.ordinals, self.arenas = [], {}, {}, {}, []
 
 
 @pytest.fixture
@@ -66,6 +66,7 @@ def made(monkeypatch):
         targets, "make_internode_group", lambda ids, berths, box_bytes: made.over_nodes.update({tuple(ids): berths})
     )
     monkeypatch.setattr(group, "_over_nodes", set())
+    monkeypatch.setattr(targets, "make_shared_arena", lambda *arena: made.arenas.append(arena))
     monkeypatch.setattr(compat, "distributed_client", lambda: None)
 
     def claim(client, topic, owner, count):
@@ -73,10 +74,20 @@ def made(monkeypatch):
         number = numbers.setdefault((topic, owner), len(numbers))
         return number if number < count else None
 
+    def allot(client, topic, owner, amount, total):
+        assert topic == "arenas" and amount % 4096 == 0
+        begin = allotted.setdefault((owner, amount), sum(amount for _, amount in allotted))
+        return begin if begin + amount <= total else None
+
+    allotted = {}
     monkeypatch.setattr(coordination, "claim", claim)
-    group._of_devices.cache_clear()
+    monkeypatch.setattr(coordination, "allot", allot)
+    monkeypatch.setattr(jax, "devices", lambda: GPUS)
+    for cache in (group._of_devices, group._shared):
+        cache.cache_clear()
     yield made
-    group._of_devices.cache_clear()
+    for cache in (group._of_devices, group._shared):
+        cache.cache_clear()
 
 
 def along(monkeypatch, known, ids, shape=(-1,), names=("expert",), nodes=None):
@@ -160,6 +171,59 @@ def test_more_groupings_than_windows_are_served_by_the_collectives(monkeypatch, 
     groups, (warned,) = along(monkeypatch, known, [11, 12])
     assert groups is None and "more than jax_ep.config.max_groups = 2" in warned
     assert along(monkeypatch, known, [10, 12])[0] is not None  # those that have windows keep them
+
+
+def arena_of(monkeypatch, known, groups, num_bytes):
+    monkeypatch.setattr(peers, "world", lambda: known)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        there = group.make_shared_arena(groups, "purpose", num_bytes)
+    return there, [str(warning.message) for warning in caught]
+
+
+def test_arenas_of_a_group_over_two_processes_lie_behind_the_windows_one_behind_the_other(monkeypatch, made):
+    known, groups = world(), ((11, 12, 10),)
+    for num_bytes in (5000, 100):
+        assert arena_of(monkeypatch, known, groups, num_bytes) == (True, [])
+    assert arena_of(monkeypatch, known, groups, 5000) == (True, [])
+    behind = 8 * peers.window_stride()
+    ids, purpose, num_bytes, at = made.arenas[0]
+    assert (ids, purpose, num_bytes) == ([11, 12, 10], "purpose", 5000)
+    assert at == [behind + begin for begin in (11_000, 84_000, 10_000)]
+    assert made.arenas[1][2:] == (100, [address + 8192 for address in at])
+    assert made.arenas[2] == made.arenas[0]
+
+
+def test_arenas_within_a_process_need_no_shared_memory(monkeypatch, made):
+    assert arena_of(monkeypatch, None, ((10, 11), (12, 13)), 5000) == (True, [])
+    assert made.arenas == [([10, 11], "purpose", 5000, [])]
+
+
+def test_where_shared_memory_is_used_up_processes_make_more(monkeypatch, made):
+    known, asked = world(arena_bytes=8191), []
+    monkeypatch.setattr(arenas, "make", lambda *question: asked.append(question) or {10: 1, 11: 2, 12: 3, 13: 4})
+    for _ in range(2):
+        assert arena_of(monkeypatch, known, ((12, 10), (13, 11)), 5000) == (True, [])
+    assert made.arenas[:2] == [([12, 10], "purpose", 5000, [3, 1]), ([13, 11], "purpose", 5000, [4, 2])]
+    assert asked == [(known, ((12, 10), (13, 11)), "purpose ((12, 10), (13, 11)) 8192", 8192)]
+
+
+def test_where_no_memory_is_to_be_had_there_is_no_arena_and_a_warning_says_why(monkeypatch, made):
+    monkeypatch.setattr(arenas, "make", lambda *question: "process 1: out of memory")
+    there, (warned,) = arena_of(monkeypatch, world(arena_bytes=8191), ((10, 12),), 5000)
+    assert not there and not made.arenas
+    assert "jax_ep.config.arena_bytes = 8191 are used up, and more is not to be had: process 1: out of memory" in warned
+
+
+def test_processes_of_several_hosts_do_not_ask_each_other():
+    assert "processes [0, 2] are on several hosts" in arenas.make(world(), [(10, 11), (14, 15)], "key", 100)
+
+
+@pytest.mark.parametrize("number", [-1, 2.5])
+def test_arenas_of_a_number_of_bytes_that_is_none_are_refused(number):
+    with pytest.raises(ValueError, match="arena_bytes must be a number of bytes"):
+        jax_ep.config.arena_bytes = number
+    assert jax_ep.config.arena_bytes == 1 << 28
 
 
 # ---- over nodes: a GPU a process, processes 0 and 1 on one node, 2 and 3 on another

@@ -28,7 +28,7 @@ def on_nodes(shape, worker, timeout=280, **variables):
         pytest.skip(f"needs {num_gpus} GPUs")
     # NVSHMEM reaches only GPUs that it sees: all are visible, and JAX takes one.
     nodes = {"JAX_EP_RANKS_PER_NODE": str(ranks_per_node)}
-    environments = [{"JAX_CUDA_VISIBLE_DEVICES": str(i), **nodes, **variables} for i in range(num_gpus)]
+    environments = [{launch.CHOSEN_GPUS: str(i), **nodes, **variables} for i in range(num_gpus)]
     gpus = [",".join(map(str, range(num_gpus)))] * num_gpus
     return launch.run(f"internode_worker:{worker}", gpus=gpus, environments=environments, timeout=timeout)
 

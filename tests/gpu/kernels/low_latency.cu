@@ -4,14 +4,17 @@
 //                                    high-throughput calls of the same group
 //   low_latency small                a few small cases, for compute-sanitizer
 //   low_latency timeout              a rank does not call, or starts too often: an error, zeros, and right calls later
-//   low_latency bench                µs a call, back to back in a CUDA graph, slowest rank
+//   low_latency bench [H [sms...]]   µs a call, back to back in a CUDA graph, slowest rank
+//   low_latency clocks [H [sms]]     when blocks of a dispatch reach its moments; built with -DJAX_EP_CLOCKS
 //
 // nvcc -O3 -std=c++17 -Iffi -gencode arch=compute_90a,code=sm_90a -o low_latency tests/gpu/kernels/low_latency.cu
-//   ffi/low_latency/*.cu ffi/dispatch/dispatch.cu ffi/combine/combine.cu ffi/group/barrier.cu ffi/group/group.cc
+//   ffi/low_latency/*.cu ffi/halves/*.cu ffi/dispatch/dispatch.cu ffi/combine/combine.cu ffi/group/barrier.cu
+//   ffi/group/group.cc
 #include <algorithm>
 #include <functional>
 
 #include "device/quantize.cuh"
+#include "low_latency/clocks.cuh"
 #include "low_latency/low_latency.h"
 #include "ranks.h"
 
@@ -521,7 +524,10 @@ int Timeout() {
       CHECK_CUDA(cudaMemcpy(calls.in_flight_[r], nonsense, sizeof nonsense, cudaMemcpyHostToDevice));
     }
     calls.Poison(false);
-    calls.OnAll([&](int r, cudaStream_t s) { return calls.Combine(r, s, false, Half::kDone); });
+    for (int r = 0; r < 2; ++r) {  // not through Enter: the first rank has failed before the second is launched
+      CHECK_CUDA(cudaSetDevice(calls.ranks().device[r]));
+      CHECK_CUDA(calls.Combine(r, calls.ranks().stream[r], false, Half::kDone));
+    }
     const bool told = !calls.Wait(), zero = calls.SumsAreZero("sums of nonsense");
     std::printf("done of nonsense: told %d, zero %d\n", told, zero);
     ok &= told && zero && CheckCase(c);
@@ -530,12 +536,16 @@ int Timeout() {
   return ok ? 0 : 1;
 }
 
-// µs a call of the slowest rank, median over repeats: kCalls calls in a graph, the graph launched several times.
-double Time(Ranks& ranks, const std::function<cudaError_t(int, cudaStream_t)>& call) {
-  constexpr int kCalls = 20, kLaunches = 5, kRepeats = 7;
+// µs a call of the slowest rank, over replays of a graph of kCalls calls.
+struct Times {
+  double p50 = 0, p99 = 0;
+};
+
+Times Time(Ranks& ranks, const std::function<cudaError_t(int, cudaStream_t)>& call) {
+  constexpr int kCalls = 20, kReplays = 100, kFirst = 5;
   const size_t n = ranks.device.size();
   std::vector<cudaGraphExec_t> graph(n);
-  std::vector<cudaEvent_t> begin(n), end(n);
+  std::vector<std::vector<cudaEvent_t>> events(n, std::vector<cudaEvent_t>(kReplays + 1));
   const auto each = [&](auto body) {
     for (size_t i = 0; i < n; ++i) {
       CHECK_CUDA(cudaSetDevice(ranks.device[i]));
@@ -543,8 +553,7 @@ double Time(Ranks& ranks, const std::function<cudaError_t(int, cudaStream_t)>& c
     }
   };
   each([&](size_t i) {
-    CHECK_CUDA(cudaEventCreate(&begin[i]));
-    CHECK_CUDA(cudaEventCreate(&end[i]));
+    for (cudaEvent_t& event : events[i]) CHECK_CUDA(cudaEventCreate(&event));
     cudaGraph_t captured;
     CHECK_CUDA(cudaStreamBeginCapture(ranks.stream[i], cudaStreamCaptureModeThreadLocal));
     for (int k = 0; k < kCalls; ++k) CHECK_CUDA(call(static_cast<int>(i), ranks.stream[i]));
@@ -553,72 +562,141 @@ double Time(Ranks& ranks, const std::function<cudaError_t(int, cudaStream_t)>& c
     CHECK_CUDA(cudaGraphUpload(graph[i], ranks.stream[i]));
     CHECK_CUDA(cudaGraphDestroy(captured));
   });
-  std::vector<double> times;
-  for (int repeat = 0; repeat < kRepeats; ++repeat) {
-    each([&](size_t i) { CHECK_CUDA(cudaGraphLaunch(graph[i], ranks.stream[i])); });
-    each([&](size_t i) { CHECK_CUDA(cudaEventRecord(begin[i], ranks.stream[i])); });
-    for (int k = 0; k < kLaunches; ++k) {
-      each([&](size_t i) { CHECK_CUDA(cudaGraphLaunch(graph[i], ranks.stream[i])); });
-    }
-    each([&](size_t i) { CHECK_CUDA(cudaEventRecord(end[i], ranks.stream[i])); });
-    if (!ranks.Wait()) return -1;
-    double slowest = 0;
+  for (int replay = -kFirst; replay < kReplays; ++replay) {
     each([&](size_t i) {
-      float ms;
-      CHECK_CUDA(cudaEventElapsedTime(&ms, begin[i], end[i]));
-      slowest = std::max(slowest, ms * 1e3 / (kCalls * kLaunches));
+      if (replay == 0) CHECK_CUDA(cudaEventRecord(events[i][0], ranks.stream[i]));
+      CHECK_CUDA(cudaGraphLaunch(graph[i], ranks.stream[i]));
+      if (replay >= 0) CHECK_CUDA(cudaEventRecord(events[i][replay + 1], ranks.stream[i]));
     });
-    times.push_back(slowest);
   }
+  if (!ranks.Wait()) return {-1, -1};
+  std::vector<double> times(kReplays, 0);
   each([&](size_t i) {
+    for (int replay = 0; replay < kReplays; ++replay) {
+      float ms;
+      CHECK_CUDA(cudaEventElapsedTime(&ms, events[i][replay], events[i][replay + 1]));
+      times[replay] = std::max(times[replay], ms * 1e3 / kCalls);
+    }
+    for (cudaEvent_t event : events[i]) CHECK_CUDA(cudaEventDestroy(event));
     CHECK_CUDA(cudaGraphExecDestroy(graph[i]));
-    CHECK_CUDA(cudaEventDestroy(begin[i]));
-    CHECK_CUDA(cudaEventDestroy(end[i]));
   });
   std::sort(times.begin(), times.end());
-  return times[times.size() / 2];
+  return {times[kReplays / 2], times[kReplays * 99 / 100]};
 }
 
-int Measure() {
+// Top-8 of 256 experts; layout "expert" has room for 1.25 times the expected rows.
+Case DeepSeek(bool by_rank, int tokens, int hidden) {
+  Case c{by_rank ? "rank" : "expert x1.25",
+         g_num_devices,
+         tokens,
+         8,
+         256,
+         Layout::kExpert,
+         1,
+         0,
+         tokens * 10,
+         RowDtype::kBfloat16,
+         hidden};
+  if (by_rank) c.layout = Layout::kRank, c.capacity = 0;
+  c.invalid = 0;
+  Finish(c);
+  return c;
+}
+
+// low_latency bench [hidden [sms...]]
+int Measure(int argc, char** argv) {
   if (g_num_devices < 2) return std::printf("bench needs two GPUs\n"), 1;
-  const auto bf16 = RowDtype::kBfloat16;
-  std::printf("%d GPUs, H 7168, top-8 of 256, µs a call in a CUDA graph; floor: rows at 350 GB/s\n", g_num_devices);
-  std::printf("%-20s %4s %4s | %9s %9s %9s %9s %9s | %7s\n", "case", "T", "sms", "dispatch", "cached", "notify",
-              "combine", "weighted", "floor");
-  for (int tokens : {128, 64, 32, 16, 8, 4, 2, 1}) {
-    for (const char* name : {"expert x1.25", "rank", "fp8 x1.25"}) {
-      Case c{name, g_num_devices, tokens, 8, 256, Layout::kExpert, 1, 0, tokens * 10, bf16, 7168};
-      if (std::string(name) == "rank") c.layout = Layout::kRank, c.capacity = 0;
-      const bool encodes = name[0] == 'f';
-      c.invalid = 0;
-      Finish(c);
+  const int hidden = argc > 2 ? std::atoi(argv[2]) : 7168;
+  std::vector<int> all_sms;
+  for (int i = 3; i < argc; ++i) all_sms.push_back(std::atoi(argv[i]));
+  if (all_sms.empty()) all_sms = {64, 132};
+  std::printf("%d GPUs, H %d, top-8 of 256, µs a call in a CUDA graph, p50/p99; floor: bf16 rows at 350 GB/s\n",
+              g_num_devices, hidden);
+  const char* names[] = {"dispatch", "cached", "notify", "fp8", "combine", "weighted"};
+  std::printf("%-14s %4s %4s", "layout", "T", "sms");
+  for (const char* name : names) std::printf(" | %13s", name);
+  std::printf(" | %7s\n", "floor");
+  for (int tokens : {1, 8, 32, 64, 128, 256, 512}) {
+    for (bool by_rank : {true, false}) {
+      const Case c = DeepSeek(by_rank, tokens, hidden);
       Exchange calls(c);
       // The routing stands before combine is timed.
       calls.OnAll([&](int r, cudaStream_t s) { return calls.Dispatch(r, s, kDispatch); });
-      if (!calls.Wait() || !calls.RowsAreRight(name)) return 1;
-      if (encodes && !calls.MakeEncoded(Wire::kFp8)) return 1;
-      for (int sms : {8, 16, 24, 32, 48, 64, 96, 132}) {
+      if (!calls.Wait() || !calls.RowsAreRight(c.name.c_str()) || !calls.MakeEncoded(Wire::kFp8)) return 1;
+      for (int sms : all_sms) {
         calls.set_num_sms(sms);
-        const auto dispatch = [&](Operation operation) {
-          return Time(calls.ranks(), [&](int r, cudaStream_t s) { return calls.Dispatch(r, s, operation); });
+        const auto print = [&](const std::function<cudaError_t(int, cudaStream_t)>& call) {
+          const Times times = Time(calls.ranks(), call);
+          std::printf(" | %6.1f/%6.1f", times.p50, times.p99);
+          std::fflush(stdout);
         };
-        const auto combine = [&](bool weighted) {
-          return Time(calls.ranks(), [&](int r, cudaStream_t s) { return calls.Combine(r, s, weighted); });
-        };
-        const bool sums = !encodes;
-        const double floor = calls.MostRowsSent() * double(encodes ? 7168 + 224 : c.row_bytes()) / 350e3;
-        const double first =
-            encodes ? Time(calls.ranks(), [&](int r, cudaStream_t s) { return calls.DispatchEncoded(r, s); })
-                    : dispatch(kDispatch);
-        std::printf("%-20s %4d %4d | %9.1f %9.1f %9.1f %9.1f %9.1f | %7.1f\n", name, tokens, sms, first,
-                    sums ? dispatch(kDispatchCached) : 0, sums ? dispatch(kNotify) : 0, sums ? combine(false) : 0,
-                    sums && c.layout != Layout::kRank ? combine(true) : 0, floor);
+        std::printf("%-14s %4d %4d", c.name.c_str(), tokens, sms);
+        for (Operation operation : {kDispatch, kDispatchCached, kNotify}) {
+          print([&](int r, cudaStream_t s) { return calls.Dispatch(r, s, operation); });
+        }
+        print([&](int r, cudaStream_t s) { return calls.DispatchEncoded(r, s); });
+        print([&](int r, cudaStream_t s) { return calls.Combine(r, s, false); });
+        if (by_rank) {
+          std::printf(" | %13s", "");
+        } else {
+          print([&](int r, cudaStream_t s) { return calls.Combine(r, s, true); });
+        }
+        std::printf(" | %7.1f\n", calls.MostRowsSent() * double(c.row_bytes()) / 350e3);
+      }
+    }
+  }
+  return 0;
+}
+
+#ifdef JAX_EP_CLOCKS
+// low_latency clocks [hidden [sms]]: when the blocks of a dispatch reach its moments, µs after the first one began, the
+// last of some calls in a row: first, median and last block, on each GPU.
+int Clocks(int argc, char** argv) {
+  const int hidden = argc > 2 ? std::atoi(argv[2]) : 7168, sms = argc > 3 ? std::atoi(argv[3]) : 64;
+  for (int tokens : {1, 8, 128}) {
+    for (bool by_rank : {true, false}) {
+      const Case c = DeepSeek(by_rank, tokens, hidden);
+      Exchange calls(c);
+      calls.OnAll([&](int r, cudaStream_t s) { return calls.Dispatch(r, s, kDispatch); });
+      if (!calls.Wait() || !calls.MakeEncoded(Wire::kFp8)) return 1;
+      calls.set_num_sms(sms);
+      for (const char* what : {"dispatch", "dispatch_cached", "fp8"}) {
+        calls.OnAll([&](int r, cudaStream_t s) {
+          cudaError_t error = cudaSuccess;
+          for (int i = 0; i < 30 && error == cudaSuccess; ++i) {
+            error = what[0] == 'f' ? calls.DispatchEncoded(r, s)
+                                   : calls.Dispatch(r, s, what[8] == '\0' ? kDispatch : kDispatchCached);
+          }
+          return error;
+        });
+        if (!calls.Wait()) return 1;
+        std::printf("%s, %s, T %d, H %d, %d sms\n", what, c.name.c_str(), tokens, hidden, sms);
+        for (int device = 0; device < g_num_devices; ++device) {
+          static unsigned long long clocks[kClockBlocks][kNumMoments];
+          CHECK_CUDA(cudaSetDevice(device));
+          CHECK_CUDA(ReadDispatchClocks(&clocks[0][0]));
+          unsigned long long begin = ~0ull;
+          for (const auto& block : clocks) begin = block[0] != 0 ? std::min(begin, block[0]) : begin;
+          std::printf("  GPU %d", device);
+          for (int moment = 0; moment < kNumMoments; ++moment) {
+            std::vector<double> times;
+            for (const auto& block : clocks) {
+              if (block[moment] >= begin) times.push_back((block[moment] - begin) * 1e-3);
+            }
+            std::sort(times.begin(), times.end());
+            if (times.empty()) continue;
+            std::printf(" | %s %.1f %.1f %.1f", kMomentNames[moment], times.front(), times[times.size() / 2],
+                        times.back());
+          }
+          std::printf("\n");
+        }
         std::fflush(stdout);
       }
     }
   }
   return 0;
 }
+#endif
 
 }  // namespace
 
@@ -631,7 +709,10 @@ int main(int argc, char** argv) {
   if (what == "check") result = Check(argc, argv);
   if (what == "small") result = Small();
   if (what == "timeout") result = Timeout();
-  if (what == "bench") result = Measure();
+  if (what == "bench") result = Measure(argc, argv);
+#ifdef JAX_EP_CLOCKS
+  if (what == "clocks") result = Clocks(argc, argv);
+#endif
   std::fflush(stdout);
   return result;
 }
