@@ -14,6 +14,7 @@
 #include "dispatch/clear.cuh"
 #include "dispatch/copy.cuh"
 #include "dispatch/notify.cuh"
+#include "internode/conveyor.cuh"
 #include "internode/internode.h"
 #include "internode/link.cuh"
 #include "internode/plan.h"
@@ -23,13 +24,14 @@ namespace jax_ep {
 namespace {
 
 constexpr int kMaxZeroBytes = 4096;
-constexpr int64_t kMaxDynamicShared = 232448 - 12288;  // a block's limit less the static part
+constexpr int64_t kMaxDynamicShared = 232448 - 2048;  // a block's limit less the static part
 
 struct InternodeDispatchPlan {
   DispatchPlan dispatch;
   InternodeView view;
   Lanes lanes;
   Messages messages;
+  int stages_offset, stage_bytes;  // of dynamic shared memory
 };
 
 // ---- routing
@@ -112,7 +114,8 @@ __device__ __forceinline__ int UnitOf(int64_t row_bytes) {
 }
 
 // This lane's tokens to one node, each once.
-__device__ void SendToNode(const InternodeDispatchPlan& plan, const Call& call, int lane_number, int node) {
+__device__ void SendToNode(const InternodeDispatchPlan& plan, const Call& call, Conveyor& conveyor, int lane_number,
+                           int node) {
   const DispatchParams& p = plan.dispatch.params;
   const InternodeView& view = plan.view;
   const Nodes& nodes = view.nodes;
@@ -147,8 +150,13 @@ __device__ void SendToNode(const InternodeDispatchPlan& plan, const Call& call, 
     if (__ballot_sync(~0u, goes) == 0) continue;
     const int64_t choice = static_cast<int64_t>(token) * p.num_topk + lane;
     for (int piece = 0; piece < messages.num_pieces; ++piece) {
+      const PieceRange range = PieceOf(p.num_row_arrays > 0 ? p.rows[0].row_bytes : 0, messages.piece_bytes, piece);
+      conveyor.Begin(p.rows[0].x + token * p.rows[0].row_bytes + range.begin, range.size);
       char* const message = out.Next();
-      if (message == nullptr) return;
+      if (message == nullptr) {
+        conveyor.Finish(nullptr);
+        return;
+      }
       if (lane == 0) *reinterpret_cast<int4*>(message) = make_int4(token, piece, 0, 0);
       const Choices choices(message, p.num_topk);
       if (lane < p.num_topk) {
@@ -157,14 +165,11 @@ __device__ void SendToNode(const InternodeDispatchPlan& plan, const Call& call, 
         choices.weight[lane] = p.topk_weights != nullptr ? p.topk_weights[choice] : 0.f;
       }
       char* place = message + messages.header_bytes;
-      if (p.num_row_arrays > 0) {
-        const PieceRange range = PieceOf(p.rows[0].row_bytes, messages.piece_bytes, piece);
-        CopyVectors(place, p.rows[0].x + token * p.rows[0].row_bytes + range.begin, range.size);
-      }
+      conveyor.Finish(lane == 0 ? place : nullptr);
       place += messages.piece_bytes;
       if (p.num_row_arrays > 1) {
-        const PieceRange range = PieceOf(p.rows[1].row_bytes, messages.second_bytes, piece);
-        CopyUnits(place, p.rows[1].x + token * p.rows[1].row_bytes + range.begin, range.size,
+        const PieceRange second = PieceOf(p.rows[1].row_bytes, messages.second_bytes, piece);
+        CopyUnits(place, p.rows[1].x + token * p.rows[1].row_bytes + second.begin, second.size,
                   UnitOf(p.rows[1].row_bytes));
       }
       __syncwarp();
@@ -202,8 +207,8 @@ __device__ void Announce(const InternodeDispatchPlan& plan, const Call& call, in
 }
 
 // One piece of a token from `source`, to all its rows here.
-__device__ __forceinline__ void TakeMessage(const InternodeDispatchPlan& plan, const Call& call, int source,
-                                            const char* message) {
+__device__ __forceinline__ void TakeMessage(const InternodeDispatchPlan& plan, const Call& call, Conveyor& conveyor,
+                                            int source, const char* message) {
   const DispatchParams& p = plan.dispatch.params;
   const Messages& messages = plan.messages;
   const int lane = threadIdx.x % 32, num_topk = p.num_topk, num_local = p.num_experts / call.num_ranks;
@@ -213,6 +218,9 @@ __device__ __forceinline__ void TakeMessage(const InternodeDispatchPlan& plan, c
   const int row = slot >= 0 && slot / p.max_recv_tokens == call.rank ? slot - call.rank * p.max_recv_tokens : -1;
   const uint32_t holders = __ballot_sync(~0u, row >= 0);
   if (holders == 0) return;
+  const char* place = message + messages.header_bytes;
+  const PieceRange range = PieceOf(p.num_row_arrays > 0 ? p.rows[0].row_bytes : 0, messages.piece_bytes, head.y);
+  conveyor.Begin(place, range.size);  // while choices are read and written
   const int token = head.x, piece = head.y, first_row = __shfl_sync(~0u, row, __ffs(holders) - 1);
   if (piece == 0 && lane < num_topk) {
     if (p.operation != kDispatchCached) {
@@ -230,42 +238,22 @@ __device__ __forceinline__ void TakeMessage(const InternodeDispatchPlan& plan, c
     }
   }
   __syncwarp();
-  const uint32_t targets = __ballot_sync(~0u, DistinctRow(plan.dispatch, row) >= 0);
-  const char* place = message + messages.header_bytes;
-  if (p.num_row_arrays > 0) {
-    const PieceRange range = PieceOf(p.rows[0].row_bytes, messages.piece_bytes, piece);
-    char* const first = p.rows[0].recv + range.begin;
-    constexpr int V = 8;
-    for (int64_t base = 0; base < range.size; base += V * 512) {
-      const int64_t offset = base + lane * 16;
-      int4 bits[V];
-#pragma unroll
-      for (int v = 0; v < V; ++v) {
-        if (offset + v * 512 < range.size) bits[v] = LoadRow(place + offset + v * 512);
-      }
-      for (uint32_t rest = targets; rest != 0; rest &= rest - 1) {
-        char* const target =
-            first + static_cast<int64_t>(__shfl_sync(~0u, row, __ffs(rest) - 1)) * p.rows[0].row_bytes + offset;
-#pragma unroll
-        for (int v = 0; v < V; ++v) {
-          if (offset + v * 512 < range.size) *reinterpret_cast<int4*>(target + v * 512) = bits[v];
-        }
-      }
-    }
-  }
+  const int own_row = DistinctRow(plan.dispatch, row);
+  conveyor.Finish(own_row >= 0 ? p.rows[0].recv + own_row * p.rows[0].row_bytes + range.begin : nullptr);
   place += messages.piece_bytes;
   if (p.num_row_arrays > 1) {
-    const PieceRange range = PieceOf(p.rows[1].row_bytes, messages.second_bytes, piece);
-    for (uint32_t rest = targets; rest != 0; rest &= rest - 1) {
+    const PieceRange second = PieceOf(p.rows[1].row_bytes, messages.second_bytes, piece);
+    for (uint32_t rest = __ballot_sync(~0u, own_row >= 0); rest != 0; rest &= rest - 1) {
       const int64_t target = __shfl_sync(~0u, row, __ffs(rest) - 1);
-      CopyUnits(p.rows[1].recv + target * p.rows[1].row_bytes + range.begin, place, range.size,
+      CopyUnits(p.rows[1].recv + target * p.rows[1].row_bytes + second.begin, place, second.size,
                 UnitOf(p.rows[1].row_bytes));
     }
   }
 }
 
 // This rank's rows of one source, from the inbox of the rank of this node on that source's rail.
-__device__ void ReadSource(const InternodeDispatchPlan& plan, const Call& call, int lane_number, int source) {
+__device__ void ReadSource(const InternodeDispatchPlan& plan, const Call& call, Conveyor& conveyor, int lane_number,
+                           int source) {
   const InternodeView& view = plan.view;
   const Nodes& nodes = view.nodes;
   const int node = nodes.node[source];
@@ -274,12 +262,13 @@ __device__ void ReadSource(const InternodeDispatchPlan& plan, const Call& call, 
   uint64_t* const flags =
       nodes.ranks_per_node == 1 ? view.room->arrived[lane_number][node] : view.room->announced[lane_number][source];
   ReadChunks(call, view, plan.messages, In(view, rail, Inbox(view)) + ring * plan.messages.RingBytes(), flags, source,
-             lane_number, [&](const char* message) { TakeMessage(plan, call, source, message); });
+             lane_number, [&](const char* message) { TakeMessage(plan, call, conveyor, source, message); });
 }
 
 __global__ void __launch_bounds__(kInternodeThreads, 1)
     InternodeDispatchKernel(const __grid_constant__ InternodeDispatchPlan plan) {
   extern __shared__ __align__(128) char dynamic[];
+  __shared__ uint64_t full[kTaskWarps][kConveyorStages];
   const DispatchParams& p = plan.dispatch.params;
   const InternodeView& view = plan.view;
   const Nodes& nodes = view.nodes;
@@ -288,25 +277,31 @@ __global__ void __launch_bounds__(kInternodeThreads, 1)
   const int warp = threadIdx.x / 32;
   for (int i = threadIdx.x; i < plan.dispatch.zero_bytes / 16; i += kInternodeThreads)
     reinterpret_cast<int4*>(dynamic)[i] = int4{};
+  if (threadIdx.x < kTaskWarps * kConveyorStages) InitMbarrier(&full[0][0] + threadIdx.x);
+  FenceMbarrierInit();
   bool met = TakesPart(call, view, p.refused);
   if (met && p.operation == kDispatchCached) met = MeetOverNodes(call, view);  // else Notify has
   if (met && warp == kTaskWarps) FindZeroRows(plan.dispatch, p.counts, p.counts[zero.num_ranges - 1], zero);
-  FenceProxyAsyncShared();  // zeros are read by bulk copies
+  FenceProxyAsync();  // zeros are read, and boxes that all ranks have left written, by bulk copies
   __syncthreads();
   if (met && warp == kTaskWarps) {
     Taken zero_rows(&view.room->taken_zero_rows);
     WriteZeroRows(plan.dispatch, zero, dynamic, zero_rows);
-    WaitBulkDone<0>();
   } else if (met) {
     const int index = warp * gridDim.x + blockIdx.x;
     const int lane_number = index / plan.lanes.num_tasks, task = index % plan.lanes.num_tasks;
     const int reader = task - nodes.num_nodes - 1;
+    Conveyor conveyor(dynamic + plan.stages_offset + warp * kConveyorStages * plan.stage_bytes, plan.stage_bytes,
+                      full[warp]);
     if (lane_number < plan.lanes.num_lanes) {
-      if (reader >= 0) ReadSource(plan, call, lane_number, (call.rank + call.num_ranks - reader) % call.num_ranks);
+      if (reader >= 0)
+        ReadSource(plan, call, conveyor, lane_number, (call.rank + call.num_ranks - reader) % call.num_ranks);
       if (reader == -1) Announce(plan, call, lane_number);
-      if (reader < -1) SendToNode(plan, call, lane_number, (nodes.node[call.rank] + 1 + task) % nodes.num_nodes);
+      if (reader < -1)
+        SendToNode(plan, call, conveyor, lane_number, (nodes.node[call.rank] + 1 + task) % nodes.num_nodes);
     }
   }
+  WaitBulkDone<0>();
   if (IsLastBlock(call)) {
     if (HasFailed(call)) ClearResults(p, call);
     if (threadIdx.x == 0) view.room->taken_zero_rows = 0;
@@ -321,6 +316,10 @@ cudaError_t LoadInternodeDispatch() {
   if (cudaError_t error = cudaFuncGetAttributes(&attributes, InternodeDispatchKernel); error != cudaSuccess)
     return error;
   if (cudaError_t error = cudaFuncGetAttributes(&attributes, InternodeNotifyKernel); error != cudaSuccess) return error;
+  if (cudaError_t error =
+          cudaFuncSetAttribute(InternodeDispatchKernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kMaxDynamicShared);
+      error != cudaSuccess)
+    return error;
   return cudaFuncSetAttribute(InternodeNotifyKernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kMaxDynamicShared);
 }
 
@@ -346,7 +345,12 @@ cudaError_t LaunchInternodeDispatch(const DispatchParams& params, const Internod
   dispatch.zero_bytes = static_cast<int>(std::min<int64_t>(std::max<int64_t>(row_bytes, 16), kMaxZeroBytes));
   dispatch.zero_rows_offset = (dispatch.zero_bytes + 15) / 16 * 16;
   const int num_local = params.num_experts / num_ranks;
-  const int64_t zero_shared = dispatch.zero_rows_offset + (2 * num_local + 3) * 4ll;
+  const int64_t zero_shared = PadTo128(dispatch.zero_rows_offset + (2 * num_local + 3) * 4ll);
+  const int64_t with_room = (kMaxDynamicShared - zero_shared) / (kTaskWarps * kConveyorStages) / 128 * 128;
+  plan.stages_offset = static_cast<int>(zero_shared);
+  plan.stage_bytes = static_cast<int>(
+      std::min({std::max<int64_t>(plan.messages.piece_bytes, 128), int64_t{kMostStageBytes}, with_room}));
+  const int64_t dispatch_shared = zero_shared + int64_t{kTaskWarps} * kConveyorStages * plan.stage_bytes;
   if (params.operation != kDispatchCached) {
     const int64_t scratch = std::max(kRouteWarps * 32 * num_ranks, params.num_experts + num_ranks);
     const int64_t shared = 4 * ((kRouteWarps + 2ll) * dispatch.num_bins + scratch);
@@ -357,7 +361,7 @@ cudaError_t LaunchInternodeDispatch(const DispatchParams& params, const Internod
                             stream>>>(plan);
     if (cudaError_t error = cudaGetLastError(); error != cudaSuccess) return error;
   }
-  InternodeDispatchKernel<<<plan.lanes.num_blocks, kInternodeThreads, zero_shared, stream>>>(plan);
+  InternodeDispatchKernel<<<plan.lanes.num_blocks, kInternodeThreads, dispatch_shared, stream>>>(plan);
   return cudaGetLastError();
 }
 

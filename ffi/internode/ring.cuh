@@ -50,7 +50,10 @@ class Outgoing {
 
   // Where the next message is to be written; null: its slot will not be read.
   __device__ char* Next() {
-    if (count_ == 0 && chunk_ >= kSlots && !AwaitRead(chunk_ - kSlots)) return nullptr;
+    if (count_ == 0 && chunk_ >= kSlots) {
+      if (!AwaitRead(chunk_ - kSlots)) return nullptr;
+      FenceProxyAsync();  // bulk copies may write it too
+    }
     return Slot(stream_.ring) + messages_.ChunkBytes(count_);
   }
 
@@ -85,6 +88,7 @@ class Outgoing {
   }
 
   __device__ void Send(bool is_last) {
+    WaitBulkDone<0>();  // rows that bulk copies write, before the fence
     if (threadIdx.x % 32 == 0) *reinterpret_cast<int4*>(Slot(stream_.ring)) = make_int4(count_, is_last, 0, 0);
     __syncwarp();
     FenceSys();  // all lanes' messages before the flag, or before the put reads them
@@ -120,7 +124,8 @@ __device__ bool ReadChunks(const Call& call, const InternodeView& view, const Me
     if (lane == 0) came = AwaitOverNodes(call, view, flags + slot, chunk + 1, kLines, source, lane_number);
     came = __shfl_sync(~0u, came, 0);
     if (!came) return false;
-    __syncwarp();  // lane 0 acquired for all
+    if (lane == 0) FenceProxyAsync();  // it also begins bulk loads of the chunk
+    __syncwarp();                      // lane 0 acquired for all
     const char* const place = ring + slot * messages.slot_bytes;
     const int4 head = LoadRow(place);
     for (int i = 0; i < head.x; ++i) take(place + messages.ChunkBytes(i));

@@ -12,8 +12,8 @@
 namespace jax_ep {
 
 constexpr int kSlots = 4;               // chunks that a ring holds
-constexpr int kMaxInternodeLanes = 32;  // rings between two ends
-constexpr int64_t kBoxBytesPerRank = 1 << 20;
+constexpr int kMaxInternodeLanes = 96;  // rings between two ends
+constexpr int64_t kBoxBytesPerRank = 2 << 20;
 constexpr int64_t kLeastSlotBytes = 32768, kMostChunkBytes = 65536;
 
 // A word for each slot of a lane's ring, by the other end: epoch << kStateBits | (1 + number of the chunk).

@@ -60,9 +60,9 @@ def plan(num_nodes=4, ranks_per_node=8, num_tokens=4096, num_topk=8, row_bytes=1
 
 
 def test_rooms_are_of_the_size_that_the_manual_says():
-    for num_processes, box in ((2, 16 * MIB), (16, 16 * MIB), (24, 24 * MIB), (32, 32 * MIB), (128, 32 * MIB)):
+    for num_processes, box in ((2, 32 * MIB), (16, 32 * MIB), (24, 48 * MIB), (32, 64 * MIB), (128, 64 * MIB)):
         assert targets.box_bytes(num_processes) == box
-        assert 2 * box + 9 * MIB < targets.room_bytes(num_processes) < 2 * box + 10 * MIB
+        assert 2 * box + 10 * MIB < targets.room_bytes(num_processes) < 2 * box + 11 * MIB
 
 
 def test_a_ring_is_an_even_share_of_a_box_in_whole_slots():
@@ -77,10 +77,13 @@ def test_a_ring_is_an_even_share_of_a_box_in_whole_slots():
             assert cut["blocks"] * 15 >= cut["lanes"] * (num_nodes * ranks_per_node + num_nodes + 1)
 
 
-def test_four_rows_of_deepseek_v3_are_a_chunk_of_64_kib():
+def test_every_working_warp_has_a_task_and_four_rows_of_deepseek_v3_share_a_chunk():
     cut = plan(2, 1)
-    assert (cut["lanes"], cut["slot"], cut["per_chunk"], cut["pieces"]) == (32, 65536, 4, 1)
+    assert (cut["lanes"], cut["slot"], cut["per_chunk"], cut["pieces"]) == (72, 58240, 4, 1)
+    assert cut["lanes"] * 5 == cut["blocks"] * 15  # to two nodes, an announcer, from two ranks
     assert cut["message"] == 14336 + 128  # of which 112 are of use: token, piece, and of 8 choices slot, expert, gate
+    assert plan(2, 2)["lanes"] == 360 // 7 and plan(2, 2)["per_chunk"] == 4
+    assert plan(2, 8)["lanes"] == 360 // 19 and plan(2, 1, num_sms=132)["lanes"] == 96
 
 
 @pytest.mark.parametrize("row_bytes", [16, 4096, 65536, 10**6, 2**29])

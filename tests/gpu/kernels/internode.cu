@@ -7,7 +7,7 @@
 //
 // nvcc -O3 -std=c++17 -Iffi -rdc=true -gencode arch=compute_90a,code=sm_90a -o internode tests/gpu/kernels/internode.cu
 //   ffi/internode/internode_{dispatch,combine,barrier}.cu ffi/internode/internode_group.cc ffi/dispatch/dispatch.cu
-//   ffi/combine/combine.cu ffi/low_latency/*.cu ffi/group/barrier.cu ffi/group/group.cc
+//   ffi/combine/combine.cu ffi/low_latency/*.cu ffi/halves/*.cu ffi/group/barrier.cu ffi/group/group.cc
 #include <algorithm>
 #include <cstdio>
 #include <cstdlib>
@@ -18,6 +18,7 @@
 #include "internode/internode.h"
 #include "internode/internode_group.h"
 #include "internode/plan.h"
+#include "internode/ring.cuh"
 #include "internode/transport.cuh"
 
 namespace jax_ep {
@@ -35,8 +36,12 @@ __device__ T* There(const InternodeView& view, int peer, T* own) {
 __device__ void PutAndSignal(const InternodeView& view, int peer, char* target, const char* source, int64_t num_bytes,
                              uint64_t* flag, uint64_t value) {
   char* const there = There(view, peer, target);
-  for (int64_t i = threadIdx.x % 32 * 4; i < num_bytes; i += 128) {
-    *reinterpret_cast<int32_t*>(there + i) = __ldcg(reinterpret_cast<const int32_t*>(source + i));
+  if ((num_bytes | reinterpret_cast<uint64_t>(source) | reinterpret_cast<uint64_t>(target)) % 16 == 0) {
+    CopyVectors(there, source, num_bytes);
+  } else {
+    for (int64_t i = threadIdx.x % 32 * 4; i < num_bytes; i += 128) {
+      *reinterpret_cast<int32_t*>(there + i) = __ldcg(reinterpret_cast<const int32_t*>(source + i));
+    }
   }
   __syncwarp();
   FenceSys();
