@@ -14,6 +14,7 @@ namespace nb = nanobind;
 
 extern "C" XLA_FFI_Error* JaxEpBarrier(XLA_FFI_CallFrame*);
 extern "C" XLA_FFI_Error* JaxEpCombine(XLA_FFI_CallFrame*);
+extern "C" XLA_FFI_Error* JaxEpCombineGrad(XLA_FFI_CallFrame*);
 extern "C" XLA_FFI_Error* JaxEpDispatch(XLA_FFI_CallFrame*);
 extern "C" XLA_FFI_Error* JaxEpDispatchCached(XLA_FFI_CallFrame*);
 extern "C" XLA_FFI_Error* JaxEpDispatchLayout(XLA_FFI_CallFrame*);
@@ -36,6 +37,7 @@ nb::dict Handlers() {
   };
   add("jax_ep_barrier", JaxEpBarrier);
   add("jax_ep_combine", JaxEpCombine);
+  add("jax_ep_combine_grad", JaxEpCombineGrad);
   add("jax_ep_dispatch", JaxEpDispatch);
   add("jax_ep_dispatch_cached", JaxEpDispatchCached);
   add("jax_ep_dispatch_layout", JaxEpDispatchLayout);

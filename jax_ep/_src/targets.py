@@ -10,6 +10,7 @@ import jax
 
 BARRIER = "jax_ep_barrier"
 COMBINE = "jax_ep_combine"
+COMBINE_GRAD = "jax_ep_combine_grad"
 DISPATCH = "jax_ep_dispatch"
 DISPATCH_CACHED = "jax_ep_dispatch_cached"
 DISPATCH_LAYOUT = "jax_ep_dispatch_layout"
