@@ -64,13 +64,15 @@ int64_t LowLatencyDispatchBytes(int num_ranks, int num_experts, int layout, int 
                                 bool is_routed, bool encodes) {
   if (row_bytes.size() > jax_ep::kMaxRowArrays) return 0;
   static const float weight = 1;
+  static const char row = 0;
   jax_ep::DispatchParams p{};
   p.operation = is_routed ? jax_ep::kDispatchCached : jax_ep::kDispatch;
   p.layout = static_cast<jax_ep::Layout>(layout);
   p.num_experts = num_experts, p.num_tokens = num_tokens, p.num_topk = num_topk, p.max_recv_tokens = max_recv_tokens;
   p.topk_weights = has_weights ? &weight : nullptr;
+  p.encoding.x = encodes ? &row : nullptr;
   for (int64_t bytes : row_bytes) p.rows[p.num_row_arrays++].row_bytes = bytes;
-  return jax_ep::LowLatencyDispatchBytes(p, num_ranks, encodes);
+  return jax_ep::LowLatencyDispatchBytes(p, num_ranks);
 }
 
 // The same of a low-latency combine; no rows have 0 bytes.
