@@ -78,13 +78,11 @@ __global__ void __launch_bounds__(DispatchThreads(kEncodes), 1)
   const NotifyShared notify(plan, copy_stages, call.num_ranks);
   const ZeroRows zero(plan, dynamic + plan.zero_rows_offset, call.num_ranks);
 
-  for (int i = threadIdx.x; i < plan.zero_bytes / 16; i += kThreads)
-    reinterpret_cast<int4*>(dynamic)[i] = int4{};
+  for (int i = threadIdx.x; i < plan.zero_bytes / 16; i += kThreads) reinterpret_cast<int4*>(dynamic)[i] = int4{};
   if (threadIdx.x < kSendWarps) shared.sent[threadIdx.x] = shared.published[threadIdx.x] = 0;
   if (threadIdx.x < kRouteWarps) shared.slotted[threadIdx.x] = 0;
   if (static_cast<int>(threadIdx.x) <= plan.num_lanes()) shared.lane_begin[threadIdx.x] = plan.TokenBegin(threadIdx.x);
-  for (int i = threadIdx.x; i < kSendWarps * kMaxSendStages; i += kThreads)
-    InitMbarrier(&shared.send_full[0][0] + i);
+  for (int i = threadIdx.x; i < kSendWarps * kMaxSendStages; i += kThreads) InitMbarrier(&shared.send_full[0][0] + i);
   for (int i = threadIdx.x; i < kDispatchWarps * kMaxCopyStages; i += kThreads)
     InitMbarrier(&shared.copy_full[0][0] + i);
   FenceMbarrierInit();

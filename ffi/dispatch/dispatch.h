@@ -30,8 +30,8 @@ struct RowArray {
   int64_t row_bytes;
 };
 
-// Rows that the senders encode: rows[0] and rows[1] are what device/quantize.cuh makes of x, values and scales, and have
-// no x of their own.
+// Rows that the senders encode: rows[0] and rows[1] are what device/quantize.cuh makes of x, values and scales, and
+// have no x of their own.
 struct Encoding {
   const char* x;  // [T, hidden], or null: rows travel as they are
   RowDtype dtype;

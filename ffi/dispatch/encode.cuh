@@ -1,6 +1,6 @@
-// The encoders of a dispatch with an encoding: kEncoders warps make each sender's rows into values and scales, in shared
-// memory. The warps of such a team meet once a piece: the sender then sends the row that its piece completes, while the
-// encoders make the next one. Neighbours: send.cuh, device/quantize.cuh.
+// The encoders of a dispatch with an encoding: kEncoders warps make each sender's rows into values and scales, in
+// shared memory. The warps of such a team meet once a piece: the sender then sends the row that its piece completes,
+// while the encoders make the next one. Neighbours: send.cuh, device/quantize.cuh.
 //
 //   warp      waits, before the team meets, for        hands over
 //   sender    its stores to have read the next slot    the next slot; how many pieces it has loaded

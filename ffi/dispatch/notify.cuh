@@ -177,8 +177,7 @@ __device__ inline void PlaceExperts(const DispatchPlan& plan, const Call& call, 
   }
   __syncthreads();
   if (is_last) {
-    for (int e = threadIdx.x; e < num_local; e += kThreads)
-      p.counts[e] = notify.total[call.rank * num_local + e];
+    for (int e = threadIdx.x; e < num_local; e += kThreads) p.counts[e] = notify.total[call.rank * num_local + e];
     if (threadIdx.x == 0) {
       p.counts[num_local] = p.layout == Layout::kRank ? notify.total[p.num_experts + call.rank] : ends[call.rank];
     }

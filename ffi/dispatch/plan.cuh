@@ -31,7 +31,9 @@ struct Tokens {
   int begin, end;
 };
 
-constexpr __host__ __device__ int DispatchThreads(bool encodes) { return 32 * (kDispatchWarps + (encodes ? kSendWarps * kEncoders : 0)); }
+constexpr __host__ __device__ int DispatchThreads(bool encodes) {
+  return 32 * (kDispatchWarps + (encodes ? kSendWarps * kEncoders : 0));
+}
 
 // Sending lane s, a sending warp, begins with tokens [TokenBegin(s), TokenBegin(s + 1)), chunk after chunk, then helps
 // others with theirs. A chunk is a lane's next chunk_tokens tokens, the last one shorter.
@@ -40,11 +42,11 @@ struct DispatchPlan {
   int num_send_blocks, num_bins;
   int chunk_tokens, chunks_per_lane;
   int staged_choices;  // of a block, in shared memory
-  const char* x;  // what the senders load, [T, x_row_bytes]
+  const char* x;       // what the senders load, [T, x_row_bytes]
   int64_t x_row_bytes;
   Pieces send, copy;
-  // With an encoding: columns of a piece, whole steps of a group if there are more than one; whole rows in shared memory,
-  // values and behind them scales, that a sender has beside its stages; 2 or 3 of them.
+  // With an encoding: columns of a piece, whole steps of a group if there are more than one; whole rows in shared
+  // memory, values and behind them scales, that a sender has beside its stages; 2 or 3 of them.
   int piece_columns, slots, slot_stride;
   int send_bytes;                       // of a sending warp's stages and slots
   int zero_bytes;                       // of shared memory that stay zero

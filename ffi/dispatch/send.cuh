@@ -44,8 +44,8 @@ __device__ __forceinline__ void CopySmallRow(char* target, const char* source, i
   }
 }
 
-// A sending warp. Lane k serves choice k: the first choice on a rank sends the row there. Own rows are the copiers' work,
-// but for encoded ones: here alone they are. Few rows in flight: more would clog the receivers' links.
+// A sending warp. Lane k serves choice k: the first choice on a rank sends the row there. Own rows are the copiers'
+// work, but for encoded ones: here alone they are. Few rows in flight: more would clog the receivers' links.
 template <bool kEncodes>
 class Sender {
  public:
@@ -195,7 +195,8 @@ class Sender {
     const Pieces& pieces = plan_.send;
     if (load_token_ == load_end_ && !Take()) return false;
     if (lane_ == 0) {
-      LoadPiece(pieces, plan_.x, plan_.x_row_bytes, p.rows[1].x, load_token_, load_piece_, stage_ + load_stage_ * pieces.stride, &shared_.send_full[warp_][load_stage_]);
+      LoadPiece(pieces, plan_.x, plan_.x_row_bytes, p.rows[1].x, load_token_, load_piece_,
+                stage_ + load_stage_ * pieces.stride, &shared_.send_full[warp_][load_stage_]);
     }
     ++loads_;
     if (++load_stage_ == pieces.stages) load_stage_ = 0;

@@ -25,7 +25,9 @@ Rule = Callable[..., Any]
 MAX_TOPK = 32  # one lane of a warp a choice
 MAX_BINS = 2080  # counts that a block publishes: kMaxBins in ffi/group/window.h
 MAX_RANKS = 32
-MAX_ENCODED_HIDDEN = 16384  # columns of rows that the high-throughput kernel encodes: kMaxEncodedHidden in ffi/dispatch/dispatch.h
+MAX_ENCODED_HIDDEN = (
+    16384  # columns of rows that the high-throughput kernel encodes: kMaxEncodedHidden in ffi/dispatch/dispatch.h
+)
 INT_MAX = 2**31 - 1
 IN_FLIGHT_BYTES = 16  # that a start leaves at the head of its first result, for its done
 

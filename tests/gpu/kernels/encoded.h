@@ -51,8 +51,7 @@ class EncodedResults {
         scale_bytes_(int64_t{NumGroups(wire, static_cast<int>(c.hidden))} * ScaleBytes(wire)),
         bytes_{c.hidden, scale_bytes_} {
     for (const auto& of : memory) {
-      recv_.push_back(
-          {of->Make<char>(c.capacity * c.hidden, 0xab), of->Make<char>(c.capacity * scale_bytes_, 0xab)});
+      recv_.push_back({of->Make<char>(c.capacity * c.hidden, 0xab), of->Make<char>(c.capacity * scale_bytes_, 0xab)});
     }
     for (const auto& rows : x) {
       values_.emplace_back(c.num_tokens * c.hidden);

@@ -14,9 +14,9 @@
 #include <cstdlib>
 #include <thread>
 
+#include "encoded.h"
 #include "group/barrier.h"
 #include "group/group.h"
-#include "encoded.h"
 
 using namespace jax_ep;
 
@@ -113,7 +113,8 @@ bool CheckCase(Case c, int stride = 1) {
       CHECK_CUDA(cudaMemset(d.recv_slot, 0xab, R * c.choices() * 4));
       CHECK_CUDA(cudaMemset(d.counts, 0xab, (c.num_local() + 1) * 4));
       if (c.weights) CHECK_CUDA(cudaMemset(d.recv_weights, 0xab, c.capacity * per_row * 4));
-      if (c.layout == Layout::kRank) CHECK_CUDA(cudaMemset(d.recv_topk_idx, 0xab, int64_t{c.capacity} * c.num_topk * 4));
+      if (c.layout == Layout::kRank)
+        CHECK_CUDA(cudaMemset(d.recv_topk_idx, 0xab, int64_t{c.capacity} * c.num_topk * 4));
       CHECK_CUDA(cudaDeviceSynchronize());
     }
   };
