@@ -20,6 +20,7 @@ extern "C" XLA_FFI_Error* JaxEpBeginRun(XLA_FFI_CallFrame*);
 extern "C" XLA_FFI_Error* JaxEpCombine(XLA_FFI_CallFrame*);
 extern "C" XLA_FFI_Error* JaxEpCombineDone(XLA_FFI_CallFrame*);
 extern "C" XLA_FFI_Error* JaxEpCombineStart(XLA_FFI_CallFrame*);
+extern "C" XLA_FFI_Error* JaxEpCombineGrad(XLA_FFI_CallFrame*);
 extern "C" XLA_FFI_Error* JaxEpDispatch(XLA_FFI_CallFrame*);
 extern "C" XLA_FFI_Error* JaxEpDispatchCached(XLA_FFI_CallFrame*);
 extern "C" XLA_FFI_Error* JaxEpDispatchDone(XLA_FFI_CallFrame*);
@@ -57,6 +58,7 @@ nb::dict Handlers() {
   add("jax_ep_combine", JaxEpCombine);
   add("jax_ep_combine_done", JaxEpCombineDone);
   add("jax_ep_combine_start", JaxEpCombineStart);
+  add("jax_ep_combine_grad", JaxEpCombineGrad);
   add("jax_ep_dispatch", JaxEpDispatch);
   add("jax_ep_dispatch_cached", JaxEpDispatchCached);
   add("jax_ep_dispatch_done", JaxEpDispatchDone);
@@ -107,9 +109,11 @@ int64_t LowLatencyDispatchBytes(int num_ranks, int num_experts, int layout, int 
                                 int max_recv_tokens, const std::vector<int64_t>& row_bytes, bool has_weights,
                                 bool is_routed, bool encodes) {
   if (row_bytes.size() > jax_ep::kMaxRowArrays) return 0;
-  return jax_ep::LowLatencyDispatchBytes(
-      DispatchSizes(num_experts, layout, num_tokens, num_topk, max_recv_tokens, row_bytes, has_weights, is_routed),
-      num_ranks, encodes);
+  static const char row = 0;
+  jax_ep::DispatchParams p =
+      DispatchSizes(num_experts, layout, num_tokens, num_topk, max_recv_tokens, row_bytes, has_weights, is_routed);
+  p.encoding.x = encodes ? &row : nullptr;
+  return jax_ep::LowLatencyDispatchBytes(p, num_ranks);
 }
 
 int64_t DispatchLandingBytes(int num_ranks, int num_experts, int layout, int num_tokens, int num_topk,

@@ -1,4 +1,5 @@
-// The results of a dispatch that failed: zeros, and -1 for places. By all threads of the block that ends the call.
+// The results of a dispatch that failed: zeros, and -1 for places. By all threads, kThreads, of the block that ends the
+// call.
 #pragma once
 
 #include "device/wait.cuh"
@@ -6,9 +7,10 @@
 
 namespace jax_ep {
 
-__device__ inline void ClearResults(const DispatchParams& p, const Call& call) {
+template <int kThreads>
+__device__ void ClearResults(const DispatchParams& p, const Call& call) {
   const auto clear = [](void* bytes, int64_t num_bytes, int value) {
-    for (int64_t i = threadIdx.x; i < num_bytes / 4; i += blockDim.x) static_cast<int32_t*>(bytes)[i] = value;
+    for (int64_t i = threadIdx.x; i < num_bytes / 4; i += kThreads) static_cast<int32_t*>(bytes)[i] = value;
     if (threadIdx.x < num_bytes % 4) static_cast<char*>(bytes)[num_bytes / 4 * 4 + threadIdx.x] = 0;
   };
   const int64_t rows = p.max_recv_tokens, choices = static_cast<int64_t>(p.num_tokens) * p.num_topk;

@@ -2,6 +2,7 @@
 //
 //   jax_ep_notify            topk_idx                                -> slot, recv_slot, counts, recv_topk_idx ("rank")
 //   jax_ep_dispatch          rows..., weights?, topk_idx             -> rows..., weights?, and what notify gives
+//                            with `wire` as encoding_ffi.h has it
 //   jax_ep_dispatch_cached   rows..., weights?, slot, recv_slot, counts -> rows..., weights?
 #include <cstdint>
 
@@ -38,9 +39,9 @@ template <Operation operation>
 ffi::Error Handle(cudaStream_t stream, int32_t device, ffi::RunId run, ffi::Span<const int64_t> devices,
                   int64_t num_ranks, int64_t num_experts, int64_t layout, int64_t expert_alignment,
                   int64_t expert_capacity, int64_t max_recv_tokens, int64_t num_rows, int64_t has_weights,
-                  int64_t num_sms, ffi::RemainingArgs args, ffi::RemainingRets rets) {
+                  int64_t num_sms, int64_t wire, ffi::RemainingArgs args, ffi::RemainingRets rets) {
   const DispatchAttributes attributes{num_ranks,       num_experts, layout,      expert_alignment, expert_capacity,
-                                      max_recv_tokens, num_rows,    has_weights, num_sms};
+                                      max_recv_tokens, num_rows,    has_weights, num_sms,          wire};
   return Run(operation, NameOf(operation), stream, device, run, devices, attributes, args, rets);
 }
 
@@ -59,6 +60,7 @@ auto Binding() {
       .Attr<int64_t>("num_rows")
       .Attr<int64_t>("has_weights")
       .Attr<int64_t>("num_sms")
+      .Attr<int64_t>("wire")
       .RemainingArgs()
       .RemainingRets();
 }

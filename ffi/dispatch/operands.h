@@ -3,6 +3,8 @@
 //   notify            topk_idx                                   -> slot, recv_slot, counts, recv_topk_idx ("rank")
 //   dispatch          rows..., weights?, topk_idx                -> rows..., weights?, and what notify gives
 //   dispatch_cached   rows..., weights?, slot, recv_slot, counts -> rows..., weights?
+//
+// A dispatch with `wire` has one array of rows and two of results, as encoding_ffi.h has it.
 #pragma once
 
 #include <cstdint>
@@ -14,7 +16,7 @@ namespace jax_ep {
 
 struct DispatchAttributes {
   int64_t num_ranks, num_experts, layout, expert_alignment, expert_capacity, max_recv_tokens, num_rows, has_weights;
-  int64_t num_sms;
+  int64_t num_sms, wire;
 };
 
 constexpr const char* NameOf(Operation operation) {

@@ -65,7 +65,7 @@ struct GroupView {
   uint64_t shift[kMaxRanks];  // what makes an address in that rank's mail one of this process; 0 in its own
 };
 
-enum Operation : uint32_t { kDispatch, kDispatchCached, kNotify, kCombine, kBarrier };
+enum Operation : uint32_t { kDispatch, kDispatchCached, kNotify, kCombine, kBarrier, kCombineGrad };
 enum Phase : uint32_t { kMeet, kRows, kLeave, kRefused, kReuse, kLines, kInFlight, kStage };
 
 }  // namespace jax_ep

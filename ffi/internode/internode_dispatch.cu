@@ -23,7 +23,7 @@
 namespace jax_ep {
 namespace {
 
-constexpr int kMaxZeroBytes = 4096;
+constexpr int kNotifyThreads = DispatchThreads(false), kMaxZeroBytes = 4096;
 constexpr int64_t kMaxDynamicShared = 232448 - 2048;  // a block's limit less the static part
 
 struct InternodeDispatchPlan {
@@ -36,7 +36,7 @@ struct InternodeDispatchPlan {
 
 // ---- routing
 
-__global__ void __launch_bounds__(kDispatchThreads, 1)
+__global__ void __launch_bounds__(kNotifyThreads, 1)
     InternodeNotifyKernel(const __grid_constant__ InternodeDispatchPlan plan) {
   extern __shared__ __align__(128) char dynamic[];
   const DispatchParams& p = plan.dispatch.params;
@@ -50,11 +50,12 @@ __global__ void __launch_bounds__(kDispatchThreads, 1)
   int32_t* const outgoing = room->outgoing[call.parity][block];
   int32_t* const counts = room->counts[call.parity][call.rank][block];
   const OutOfReach reach{plan.dispatch};
-  CountTokens(plan.dispatch, call, notify, reach, [&](int bin, int count) { outgoing[bin] = counts[bin] = count; });
+  CountTokens<kNotifyThreads>(plan.dispatch, call, notify, reach,
+                              [&](int bin, int count) { outgoing[bin] = counts[bin] = count; });
   // Where the sources' tokens are not here; the next kernel writes where they are.
   const int64_t num_choices = static_cast<int64_t>(call.num_ranks) * p.num_tokens * p.num_topk;
-  for (int64_t i = static_cast<int64_t>(block) * kDispatchThreads + threadIdx.x; i < num_choices;
-       i += static_cast<int64_t>(gridDim.x) * kDispatchThreads) {
+  for (int64_t i = static_cast<int64_t>(block) * kNotifyThreads + threadIdx.x; i < num_choices;
+       i += static_cast<int64_t>(gridDim.x) * kNotifyThreads) {
     p.recv_slot[i] = -1;
   }
   __syncthreads();
@@ -70,12 +71,12 @@ __global__ void __launch_bounds__(kDispatchThreads, 1)
     }
   }
   bool met = true;
-  for (int i = threadIdx.x; i < call.num_ranks * plan.dispatch.num_send_blocks; i += kDispatchThreads) {
+  for (int i = threadIdx.x; i < call.num_ranks * plan.dispatch.num_send_blocks; i += kNotifyThreads) {
     const int peer = i / plan.dispatch.num_send_blocks, its_block = i % plan.dispatch.num_send_blocks;
     met = met && AwaitOverNodes(call, view, &room->post[call.parity][peer][its_block], kPosted, kMeet, peer, its_block);
   }
   if (!__syncthreads_and(met)) return;
-  PlaceExperts(plan.dispatch, call, notify);
+  PlaceExperts<kNotifyThreads>(plan.dispatch, call, notify);
   if (warp < kSendWarps) return;
   if (p.layout == Layout::kRank) {
     WriteRankSlots(plan.dispatch, call, notify, reach, warp - kSendWarps);
@@ -303,7 +304,7 @@ __global__ void __launch_bounds__(kInternodeThreads, 1)
   }
   WaitBulkDone<0>();
   if (IsLastBlock(call)) {
-    if (HasFailed(call)) ClearResults(p, call);
+    if (HasFailed(call)) ClearResults<kInternodeThreads>(p, call);
     if (threadIdx.x == 0) view.room->taken_zero_rows = 0;
     EndOverNodes(call, view);
   }
@@ -357,8 +358,8 @@ cudaError_t LaunchInternodeDispatch(const DispatchParams& params, const Internod
     const int64_t block_tokens = (params.num_tokens + dispatch.num_send_blocks - 1) / dispatch.num_send_blocks + 1;
     dispatch.staged_choices =
         static_cast<int>(std::clamp<int64_t>((kMaxDynamicShared - shared) / 8, 0, block_tokens * params.num_topk));
-    InternodeNotifyKernel<<<dispatch.num_send_blocks, kDispatchThreads, shared + 8ll * dispatch.staged_choices,
-                            stream>>>(plan);
+    InternodeNotifyKernel<<<dispatch.num_send_blocks, kNotifyThreads, shared + 8ll * dispatch.staged_choices, stream>>>(
+        plan);
     if (cudaError_t error = cudaGetLastError(); error != cudaSuccess) return error;
   }
   InternodeDispatchKernel<<<plan.lanes.num_blocks, kInternodeThreads, dispatch_shared, stream>>>(plan);

@@ -45,7 +45,7 @@ ffi::Error Dispatch(cudaStream_t stream, int32_t device, ffi::RunId run, ffi::Sp
   constexpr const char* kName = NameOf(operation);
   DispatchParams p{};
   const DispatchAttributes attributes{num_ranks,       num_experts, layout,      expert_alignment, expert_capacity,
-                                      max_recv_tokens, num_rows,    has_weights, num_sms};
+                                      max_recv_tokens, num_rows,    has_weights, num_sms,          0};
   if (ffi::Error error = ReadDispatchOperands(operation, kName, attributes, args, rets, &p); error.failure())
     return error;
   if (!DispatchFits(p, static_cast<int>(num_ranks)))

@@ -28,6 +28,9 @@ MAX_BINS = 2080  # counts that a block publishes: kMaxBins in ffi/group/window.h
 MAX_RANKS = 32
 MIN_PIECE = 28672  # bytes of a row that cross nodes in one message, at least
 MAX_STEPS = 2**23  # messages of a call between two ranks, so kMaxSteps in ffi/group/window.h
+MAX_ENCODED_HIDDEN = (
+    16384  # columns of rows that the high-throughput kernel encodes: kMaxEncodedHidden in ffi/dispatch/dispatch.h
+)
 INT_MAX = 2**31 - 1
 IN_FLIGHT_BYTES = 16  # that a start leaves at the head of its first result, for its done
 
@@ -157,12 +160,12 @@ def _call_dispatch(
         has_weights=has_weights,
         num_sms=routing.num_sms or 0,
     )
-    if target in targets.LOW_LATENCY_DISPATCHES:
-        attributes |= _int64(wire=0 if wire is None else 1 + list(quantized.FORMATS).index(wire))
-    elif group.spans_nodes(devices):
+    if group.spans_nodes(devices):
         target = targets.INTERNODE_DISPATCHES[target]
         row_bytes = sum(_row_bytes(row) for row in ctx.avals_in[:num_rows])
         attributes |= _int64(direct=_wants_low_latency(routing, row_bytes))
+    else:
+        attributes |= _int64(wire=0 if wire is None else 1 + list(quantized.FORMATS).index(wire))
     rule = jax.ffi.ffi_lowering(target)
     return _launched_once(rule(ctx, *operands, devices=np.array(devices, np.int64).reshape(-1), **attributes))
 
@@ -213,16 +216,16 @@ def _dispatch_encoded(
     ctx: Any, operands: Any, routing: Routing, num_rows: int, has_weights: bool, wire: str
 ) -> Any | None:
     """A dispatch whose kernel encodes the rows, or None where none does."""
-    encoded = [_row_bytes(row) for row in ctx.avals_out[:2]]
-    if not _dispatch_fits(ctx.avals_in[:num_rows], routing) or not _dispatch_fits(ctx.avals_out[:2], routing):
+    fits = _dispatch_fits(ctx.avals_in[:num_rows], routing) and _dispatch_fits(ctx.avals_out[:2], routing)
+    devices = _groups(ctx, routing) if fits else None
+    if devices is None or group.spans_nodes(devices):
         return None
-    window = _dispatch_window(encoded, routing, has_weights, False, encodes=True)
-    devices = _groups(ctx, routing) if window > 0 else None
-    if devices is None or not group.make_arenas(devices, window):
+    values, scales = (_row_bytes(row) for row in ctx.avals_out[:2])
+    window = _dispatch_window([values, scales], routing, has_weights, False, encodes=True)
+    target = _with_arenas(devices, window, targets.LOW_LATENCY_DISPATCH, targets.DISPATCH)
+    if target == targets.DISPATCH and values > MAX_ENCODED_HIDDEN:
         return None
-    return _call_dispatch(
-        targets.LOW_LATENCY_DISPATCH, ctx, operands, routing, devices, num_rows, has_weights, wire=wire
-    )
+    return _call_dispatch(target, ctx, operands, routing, devices, num_rows, has_weights, wire=wire)
 
 
 def _encode_and_dispatch(*operands: jax.Array, routing: Routing, num_rows: int, has_weights: bool, wire: str) -> Any:
@@ -367,6 +370,37 @@ def _combine_landing(rows: Any, routing: Routing, has_carried: bool) -> int:
     )
 
 
+def _combine_grad(ctx: Any, *operands: Any, routing: Routing) -> Any:
+    rows = ctx.avals_in[:1]
+    devices = _groups(ctx, routing, rows) if _combine_fits(rows, routing) else None
+    if devices is None:
+        return _reference(reference.combine_grad)(ctx, *operands, routing=routing)
+    window = _dispatch_window([_row_bytes(rows[0])], routing, False, True)
+    if group.spans_nodes(devices) or (window > 0 and group.make_arenas(devices, window)):
+        return _reference(_dispatch_and_weigh)(ctx, *operands, routing=routing)
+    out_bar, y, weights, _, recv_slot, counts = operands
+    ctx = ctx.replace(avals_in=[*ctx.avals_in[:3], *ctx.avals_in[4:]])
+    attributes = _int64(
+        num_ranks=routing.num_ranks,
+        expert_alignment=routing.expert_alignment if routing.layout == "expert" else 0,
+        expert_capacity=routing.expert_capacity,
+        num_sms=routing.num_sms or 0,
+    )
+    rule = jax.ffi.ffi_lowering(targets.COMBINE_GRAD)
+    attributes["devices"] = np.array(devices, np.int64).reshape(-1)
+    return _launched_once(rule(ctx, out_bar, y, weights, recv_slot, counts, **attributes))
+
+
+def _dispatch_and_weigh(
+    out_bar: jax.Array, y: jax.Array, weights: jax.Array, *handle: jax.Array, routing: Routing
+) -> Any:
+    """combine_grad where rows must come first: in low latency a pass more over few rows costs less than a meeting, and
+    over nodes nobody reads another's rows.
+    """
+    (rows,), _ = primitives.move(primitives.dispatch_cached_p, [out_bar], None, handle, routing)
+    return reference.weigh(rows, y, weights, handle[1])
+
+
 def _call_combine_half(
     meaning: Rule,
     halves: tuple[str, str],
@@ -433,5 +467,6 @@ for _primitive, _rule in (
     (primitives.combine_done_p, _combine_done),
     (primitives.combine_weighted_p, _combine_weighted),
     (primitives.combine_weighted_start_p, _combine_weighted_start),
+    (primitives.combine_grad_p, _combine_grad),
 ):
     compat.mlir.register_lowering(_primitive, _rule, platform="cuda")

@@ -11,6 +11,7 @@ import jax
 BARRIER = "jax_ep_barrier"
 COMBINE = "jax_ep_combine"
 COMBINE_DONE = "jax_ep_combine_done"
+COMBINE_GRAD = "jax_ep_combine_grad"
 COMBINE_START = "jax_ep_combine_start"
 DISPATCH = "jax_ep_dispatch"
 DISPATCH_CACHED = "jax_ep_dispatch_cached"
@@ -31,14 +32,6 @@ LOW_LATENCY_DISPATCH_DONE = "jax_ep_low_latency_dispatch_done"
 LOW_LATENCY_DISPATCH_START = "jax_ep_low_latency_dispatch_start"
 LOW_LATENCY_NOTIFY = "jax_ep_low_latency_notify"
 NOTIFY = "jax_ep_notify"
-
-LOW_LATENCY_DISPATCHES = (
-    LOW_LATENCY_DISPATCH,
-    LOW_LATENCY_DISPATCH_CACHED,
-    LOW_LATENCY_DISPATCH_DONE,
-    LOW_LATENCY_DISPATCH_START,
-    LOW_LATENCY_NOTIFY,
-)
 
 INTERNODE_DISPATCHES = {
     DISPATCH: INTERNODE_DISPATCH,

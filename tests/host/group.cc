@@ -12,6 +12,7 @@
 #include <utility>
 
 #include "combine/combine.h"
+#include "combine/combine_grad.h"
 #include "dispatch/dispatch.h"
 #include "group/barrier.h"
 #include "halves/halves.h"
@@ -82,6 +83,7 @@ int g_ledgers = 0;  // of the last launch
 
 cudaError_t LoadDispatch() { return cudaSuccess; }
 cudaError_t LoadCombine() { return cudaSuccess; }
+cudaError_t LoadCombineGrad() { return cudaSuccess; }
 cudaError_t LoadBarrier() { return cudaSuccess; }
 cudaError_t LoadLowLatencyDispatch() { return cudaSuccess; }
 cudaError_t LoadLowLatencyCombine() { return cudaSuccess; }

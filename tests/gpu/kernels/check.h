@@ -1,5 +1,4 @@
-// The check that kernels.cu and internode.cu share: dispatch, dispatch_cached, combine and barrier of a case against
-// oracle.h.
+// The check that kernels.cu and internode.cu share: every call of a case against oracle.h.
 #pragma once
 
 #include <cstdio>
@@ -7,11 +6,12 @@
 #include <random>
 #include <vector>
 
-#include "ranks.h"
+#include "encoded.h"
 
 namespace jax_ep {
 
-// All calls of a case, each with the bits of oracle.h. `calls` launches them on one rank.
+// All calls of a case, each with the bits of oracle.h. `calls` launches them on one rank; over nodes no kernel encodes
+// rows or serves combine_grad.
 template <class Calls>
 bool CheckCalls(Case c, Ranks& ranks, const Calls& calls, int stride = 1) {
   Finish(c);
@@ -37,13 +37,13 @@ bool CheckCalls(Case c, Ranks& ranks, const Calls& calls, int stride = 1) {
       for (float& value : *list) value = uniform(random);
     }
     memory.push_back(std::make_unique<Memory>(ranks.device[r]));
-    arrays.push_back(MakeArrays(c, *memory[r], ranks.group.view(r), true));
+    arrays.push_back(MakeArrays(c, *memory[r], ranks.group.view(r), true, Calls::kOverNodes));
     DispatchParams& d = arrays[r].dispatch;
     d.topk_idx = memory[r]->Put(routing[r].topk_idx);
     if (c.weights) d.topk_weights = memory[r]->Put(weights[r]);
     arrays[r].combine.y = memory[r]->Put(y[r]);
   }
-  if (!DispatchFits(arrays[0].dispatch, R) || !CombineFits(arrays[0].combine, R)) {
+  if (!calls.Fits(arrays[0], c)) {
     std::printf("%-40s does not fit\n", c.name.c_str());
     return false;
   }
@@ -59,7 +59,20 @@ bool CheckCalls(Case c, Ranks& ranks, const Calls& calls, int stride = 1) {
     CHECK_CUDA(cudaDeviceSynchronize());
   }
   bool ok = true;
-  const auto check_rows = [&](const char* what, const std::vector<std::vector<char>>& source, bool all) {
+  const auto check_routing = [&] {
+    for (int r = 0; r < R; ++r) {
+      CHECK_CUDA(cudaSetDevice(ranks.device[r]));
+      const DispatchParams& d = arrays[r].dispatch;
+      if (c.weights) ok &= Same("weights", r, d.recv_weights, ReceivedWeights(c, routing, r, weights));
+      ok &= Same("slot", r, d.slot, routing[r].slot, c.num_topk);
+      ok &= Same("recv_slot", r, d.recv_slot, routing[r].recv_slot, c.num_topk);
+      ok &= Same("counts", r, d.counts, routing[r].counts);
+      if (c.layout == Layout::kRank)
+        ok &= Same("recv_topk_idx", r, d.recv_topk_idx, routing[r].recv_topk_idx, c.num_topk);
+    }
+  };
+  const auto check_rows = [&](const char* what, const std::vector<std::vector<char>>& source) {
+    check_routing();
     for (int r = 0; r < R; ++r) {
       CHECK_CUDA(cudaSetDevice(ranks.device[r]));
       const DispatchParams& d = arrays[r].dispatch;
@@ -67,13 +80,6 @@ bool CheckCalls(Case c, Ranks& ranks, const Calls& calls, int stride = 1) {
       if (c.second_bytes > 0)
         ok &= Same("second array", r, d.rows[1].recv, ReceivedRows(c, routing, r, c.second_bytes, second),
                    c.second_bytes);
-      if (c.weights) ok &= Same("weights", r, d.recv_weights, ReceivedWeights(c, routing, r, weights));
-      if (!all) continue;
-      ok &= Same("slot", r, d.slot, routing[r].slot, c.num_topk);
-      ok &= Same("recv_slot", r, d.recv_slot, routing[r].recv_slot, c.num_topk);
-      ok &= Same("counts", r, d.counts, routing[r].counts);
-      if (c.layout == Layout::kRank)
-        ok &= Same("recv_topk_idx", r, d.recv_topk_idx, routing[r].recv_topk_idx, c.num_topk);
     }
   };
   const auto poison = [&] {
@@ -84,15 +90,46 @@ bool CheckCalls(Case c, Ranks& ranks, const Calls& calls, int stride = 1) {
       CHECK_CUDA(cudaDeviceSynchronize());
     }
   };
+  const auto poison_routing = [&] {
+    for (int r = 0; r < R; ++r) {
+      CHECK_CUDA(cudaSetDevice(ranks.device[r]));
+      const DispatchParams& d = arrays[r].dispatch;
+      CHECK_CUDA(cudaMemset(d.slot, 0xab, c.choices() * 4));
+      CHECK_CUDA(cudaMemset(d.recv_slot, 0xab, R * c.choices() * 4));
+      CHECK_CUDA(cudaMemset(d.counts, 0xab, (c.num_local() + 1) * 4));
+      if (c.weights) CHECK_CUDA(cudaMemset(d.recv_weights, 0xab, c.capacity * per_row * 4));
+      if (c.layout == Layout::kRank)
+        CHECK_CUDA(cudaMemset(d.recv_topk_idx, 0xab, int64_t{c.capacity} * c.num_topk * 4));
+      CHECK_CUDA(cudaDeviceSynchronize());
+    }
+  };
   for (int repeat = 0; repeat < 2 && ok; ++repeat) {
     poison();
+    poison_routing();
     ranks.Launch([&](int r, cudaStream_t stream) {
       DispatchParams d = arrays[r].dispatch;
       d.rows[0].x = x_device[r], d.rows[1].x = second_device[r];
       return calls.Dispatch(r, d, c, stream);
     });
     ok &= ranks.Wait();
-    check_rows("dispatch", x, true);
+    check_rows("dispatch", x);
+  }
+  for (Wire wire : {Wire::kFp8, Wire::kFp8Ue8m0, Wire::kMxfp8}) {
+    if (Calls::kOverNodes || c.hidden % 16 != 0 || c.hidden > kMaxEncodedHidden) continue;
+    const EncodedResults encoded(c, wire, x, memory);
+    if (!DispatchFits(encoded.Of(0, arrays[0].dispatch, x_device[0]), R)) {
+      std::printf("%-40s does not fit encoded\n", c.name.c_str());
+      return false;
+    }
+    for (int repeat = 0; repeat < 2 && ok; ++repeat) {
+      encoded.Poison(ranks);
+      poison_routing();
+      ranks.Launch([&](int r, cudaStream_t stream) {
+        return calls.Dispatch(r, encoded.Of(r, arrays[r].dispatch, x_device[r]), c, stream);
+      });
+      ok &= ranks.Wait() && encoded.AreRight(ranks, routing);
+      check_routing();
+    }
   }
   poison();
   ranks.Launch([&](int r, cudaStream_t stream) {
@@ -103,7 +140,7 @@ bool CheckCalls(Case c, Ranks& ranks, const Calls& calls, int stride = 1) {
     return calls.Dispatch(r, d, c, stream);
   });
   ok &= ranks.Wait();
-  check_rows("dispatch_cached", x_again, true);
+  check_rows("dispatch_cached", x_again);
   for (int weighted = 0; weighted < (c.layout == Layout::kRank ? 1 : 2); ++weighted) {
     poison();
     ranks.Launch([&](int r, cudaStream_t stream) {
@@ -118,6 +155,28 @@ bool CheckCalls(Case c, Ranks& ranks, const Calls& calls, int stride = 1) {
       ok &= Same(weighted ? "combine weighted" : "combine", r, arrays[r].combine.out,
                  Combined(c, routing, r, y, weighted ? &gates : nullptr, stride), c.row_bytes(), stride);
       ok &= Same("carried_back", r, arrays[r].combine.carried_back, CarriedBack(c, routing, r, carried));
+    }
+  }
+  if constexpr (!Calls::kOverNodes) {
+    for (int repeat = 0; repeat < 2 && ok && c.layout != Layout::kRank; ++repeat) {
+      for (int r = 0; r < R; ++r) {
+        CHECK_CUDA(cudaSetDevice(ranks.device[r]));
+        CHECK_CUDA(cudaMemset(arrays[r].grad.y_bar, 0xab, c.capacity * c.row_bytes()));
+        CHECK_CUDA(cudaMemset(arrays[r].grad.weights_bar, 0xab, c.capacity * sizeof(float)));
+        CHECK_CUDA(cudaDeviceSynchronize());
+      }
+      ranks.Launch([&](int r, cudaStream_t stream) {
+        CombineGradParams g = arrays[r].grad;
+        g.out_bar = x_device[r], g.y = arrays[r].combine.y, g.weights = gates_device[r];
+        return calls.CombineGrad(g, c, stream);
+      });
+      ok &= ranks.Wait();
+      for (int r = 0; r < R; ++r) {
+        CHECK_CUDA(cudaSetDevice(ranks.device[r]));
+        const Cotangents bar = CombineGrad(c, routing, r, x, y[r], gates[r], stride);
+        ok &= Same("combine_grad", r, arrays[r].grad.y_bar, bar.y, c.row_bytes(), stride);
+        ok &= Same("combine_grad's weights", r, arrays[r].grad.weights_bar, bar.weights, 1, stride);
+      }
     }
   }
   ranks.Launch([&](int r, cudaStream_t stream) {
@@ -144,6 +203,9 @@ inline std::vector<Case> SmallCases(int R) {
       {"batched, drops", R, 33, 2, 2 * R, Layout::kBatched, 1, 9 * R, 0, bf16, 256, 12},
       {"tiny rows, all to expert 0", R, 70, 2, 2 * R, Layout::kExpert, 8, 0, 0, RowDtype::kFloat32, 4, 0, true, 0.9},
       {"long rows", R, 19, 2, 2 * R, Layout::kExpert, 4, 0, 0, bf16, 20000},
+      {"rows encoded in pieces", R, 45, 2, 4 * R, Layout::kExpert, 4, 0, 0, RowDtype::kFloat32, kMaxEncodedHidden},
+      {"some columns more than a step, rank", R, 90, 3, 4 * R, Layout::kRank, 1, 0, 0, RowDtype::kFloat32, 5200},
+      {"long rows, all to expert 0", R, 200, 4, 4 * R, Layout::kExpert, 8, 0, 0, bf16, 3072, 0, true, 0.9},
   };
   for (Case& c : cases) c.num_sms = 3, c.num_send_blocks = 2;
   return cases;

@@ -7,7 +7,7 @@
 //
 // nvcc -O3 -std=c++17 -Iffi -rdc=true -gencode arch=compute_90a,code=sm_90a -o internode tests/gpu/kernels/internode.cu
 //   ffi/internode/internode_{dispatch,combine,barrier}.cu ffi/internode/internode_group.cc ffi/dispatch/dispatch.cu
-//   ffi/combine/combine.cu ffi/low_latency/*.cu ffi/halves/*.cu ffi/group/barrier.cu ffi/group/group.cc
+//   ffi/combine/*.cu ffi/low_latency/*.cu ffi/halves/*.cu ffi/group/barrier.cu ffi/group/group.cc
 #include <algorithm>
 #include <cstdio>
 #include <cstdlib>
@@ -107,10 +107,14 @@ struct NodeRanks {
 namespace jax_ep {
 
 struct NodeCalls {
+  static constexpr bool kOverNodes = true;
   const std::vector<InternodeView>& views;
   bool direct;
   int64_t box_bytes;
 
+  bool Fits(const Arrays& arrays, const Case& c) const {
+    return DispatchFits(arrays.dispatch, c.num_ranks) && CombineFits(arrays.combine, c.num_ranks);
+  }
   InternodeView View(int rank) const {
     InternodeView view = views[rank];
     view.box_bytes = box_bytes;
@@ -194,7 +198,7 @@ int Timeout() {
       std::vector<Arrays> arrays;
       for (int r = 0; r < R; ++r) {
         memory.push_back(std::make_unique<Memory>(ranks.ranks.device[r]));
-        arrays.push_back(MakeArrays(c, *memory[r], ranks.ranks.group.view(r), true));
+        arrays.push_back(MakeArrays(c, *memory[r], ranks.ranks.group.view(r), true, true));
         DispatchParams& d = arrays[r].dispatch;
         d.topk_idx = memory[r]->Put(routing[r].topk_idx);
         d.rows[0].x = memory[r]->Make<char>(c.num_tokens * c.row_bytes(), 1);
@@ -242,7 +246,7 @@ int Bench() {
     int64_t leaving = 0;
     for (int r = 0; r < R; ++r) {
       memory.push_back(std::make_unique<Memory>(ranks.ranks.device[r]));
-      arrays.push_back(MakeArrays(c, *memory[r], ranks.ranks.group.view(r), true));
+      arrays.push_back(MakeArrays(c, *memory[r], ranks.ranks.group.view(r), true, true));
       DispatchParams& d = arrays[r].dispatch;
       d.topk_idx = memory[r]->Put(routing[r].topk_idx);
       d.rows[0].x = memory[r]->Make<char>(c.num_tokens * c.row_bytes(), 1);

@@ -6,8 +6,8 @@
 //   kernels timeout                    one rank does not call: the others must say so, and later calls must be right
 //
 // nvcc -O3 -std=c++17 -Iffi -gencode arch=compute_90a,code=sm_90a -o kernels tests/gpu/kernels/kernels.cu
-// ffi/dispatch/dispatch.cu
-//   ffi/combine/combine.cu ffi/low_latency/*.cu ffi/halves/*.cu ffi/group/barrier.cu ffi/group/group.cc
+//   ffi/dispatch/dispatch.cu ffi/combine/*.cu ffi/low_latency/*.cu ffi/halves/*.cu ffi/group/barrier.cu
+//   ffi/group/group.cc
 #include <algorithm>
 #include <chrono>
 #include <cstdio>
@@ -23,18 +23,30 @@ using namespace jax_ep;
 namespace jax_ep {
 
 struct NvlinkCalls {
+  static constexpr bool kOverNodes = false;
+
+  bool Fits(const Arrays& arrays, const Case& c) const {
+    return DispatchFits(arrays.dispatch, c.num_ranks) && CombineFits(arrays.combine, c.num_ranks) &&
+           (c.layout == Layout::kRank || CombineGradFits(arrays.grad, c.num_ranks));
+  }
   cudaError_t Dispatch(int, const DispatchParams& params, const Case& c, cudaStream_t stream) const {
     DispatchConfig config;
     config.num_sms = c.num_sms, config.num_send_blocks = c.num_send_blocks;
     return LaunchDispatch(params, c.num_ranks, config, stream);
   }
   cudaError_t Combine(int, const CombineParams& params, const Case& c, cudaStream_t stream) const {
-    CombineConfig config;
-    config.num_sms = c.num_sms;
-    return LaunchCombine(params, config, stream);
+    return LaunchCombine(params, Config(c), stream);
+  }
+  cudaError_t CombineGrad(const CombineGradParams& params, const Case& c, cudaStream_t stream) const {
+    return LaunchCombineGrad(params, Config(c), stream);
   }
   cudaError_t Barrier(const GroupView* view, int, int32_t* came, cudaStream_t stream) const {
     return LaunchBarrier(view, false, came, stream);
+  }
+  static CombineConfig Config(const Case& c) {
+    CombineConfig config;
+    config.num_sms = c.num_sms;
+    return config;
   }
 };
 
@@ -79,7 +91,9 @@ int Timeout() {
   Finish(c);
   Ranks& ranks = Ranks::Of(2);
   const auto routing = Route(c);
-  for (int missing = 0; missing < 2; ++missing) {
+  for (int variant = 0; variant < 4; ++variant) {
+    const int missing = variant % 2;
+    const bool encodes = variant >= 2;
     for (const char* how : {"never calls", "calls too late", "calls too late, more calls queued"}) {
       std::vector<std::unique_ptr<Memory>> memory;
       std::vector<Arrays> arrays;
@@ -92,9 +106,13 @@ int Timeout() {
         if (c.weights) d.topk_weights = memory[r]->Make<float>(c.choices(), 0);
         CHECK_CUDA(cudaDeviceSynchronize());
       }
+      const EncodedResults encoded(c, Wire::kFp8, {}, memory);
+      CHECK_CUDA(cudaDeviceSynchronize());
       const auto launch = [&](int r) {
+        const DispatchParams& d = arrays[r].dispatch;
         CHECK_CUDA(cudaSetDevice(ranks.device[r]));
-        CHECK_CUDA(LaunchDispatch(arrays[r].dispatch, 2, DispatchConfig{8, 4}, ranks.stream[r]));
+        CHECK_CUDA(
+            LaunchDispatch(encodes ? encoded.Of(r, d, d.rows[0].x) : d, 2, DispatchConfig{8, 4}, ranks.stream[r]));
       };
       const bool queued = std::string(how).find("queued") != std::string::npos;
       launch(1 - missing);
@@ -108,10 +126,11 @@ int Timeout() {
       for (int r = 0; r < 2; ++r) {
         if (r == missing && std::string(how) == "never calls") continue;
         CHECK_CUDA(cudaSetDevice(ranks.device[r]));
-        zero &= Same("result after a timeout", r, arrays[r].dispatch.rows[0].recv,
-                     std::vector<char>(c.capacity * c.row_bytes(), 0));
+        zero &= encodes ? encoded.AreZero(ranks, r)
+                        : Same("result after a timeout", r, arrays[r].dispatch.rows[0].recv,
+                               std::vector<char>(c.capacity * c.row_bytes(), 0));
       }
-      std::printf("rank %d %s: told %d, zero %d\n", missing, how, told, zero);
+      std::printf("rank %d %s%s: told %d, zero %d\n", missing, how, encodes ? " (encoded)" : "", told, zero);
       ok &= told && zero && CheckCase(c);
     }
   }

@@ -1,4 +1,4 @@
-// Ranks as streams of this process and their device arrays: what kernels.cu and low_latency.cu share besides oracle.h.
+// Ranks as streams of this process and their device arrays: what all of these programs share besides oracle.h.
 #pragma once
 
 #include <algorithm>
@@ -157,9 +157,11 @@ bool Same(const char* what, int rank, const T* device, const std::vector<T>& exp
 struct Arrays {
   DispatchParams dispatch{};
   CombineParams combine{};
+  CombineGradParams grad{};
 };
 
-inline Arrays MakeArrays(const Case& c, Memory& memory, const GroupView* view, bool with_combine) {
+inline Arrays MakeArrays(const Case& c, Memory& memory, const GroupView* view, bool with_combine,
+                         bool over_nodes = false) {
   Arrays a;
   const int64_t C = c.capacity, per_row = c.layout == Layout::kRank ? c.num_topk : 1;
   DispatchParams& d = a.dispatch;
@@ -186,7 +188,19 @@ inline Arrays MakeArrays(const Case& c, Memory& memory, const GroupView* view, b
   b.slot = d.slot, b.recv_slot = d.recv_slot;
   b.out = memory.Make<char>(c.num_tokens * c.row_bytes(), 0xab);
   b.carried_back = memory.Make<float>(c.choices(), 0xab);
-  b.scratch = memory.Make<char>(static_cast<int64_t>(c.num_ranks) * c.num_tokens * c.row_bytes(), 0xab);
+  const int num_scratch = over_nodes ? std::min(c.num_topk, c.num_ranks) : b.one_row_a_rank ? 0 : c.num_ranks - 1;
+  if (num_scratch > 0) b.scratch = memory.Make<char>(int64_t{num_scratch} * c.num_tokens * c.row_bytes(), 0xab);
+  if (b.one_row_a_rank) return a;
+  CombineGradParams& g = a.grad;
+  g.group = view;
+  g.dtype = c.dtype;
+  g.num_tokens = c.num_tokens, g.num_topk = c.num_topk, g.max_recv_tokens = c.capacity;
+  g.num_local_experts = c.num_local();
+  g.expert_alignment = c.layout == Layout::kExpert ? c.alignment : 0, g.expert_capacity = c.expert_capacity;
+  g.row_bytes = c.row_bytes();
+  g.recv_slot = d.recv_slot, g.counts = d.counts;
+  g.y_bar = memory.Make<char>(C * c.row_bytes(), 0xab);
+  g.weights_bar = memory.Make<float>(C, 0xab);
   return a;
 }
 
