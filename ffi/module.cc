@@ -66,14 +66,16 @@ int64_t LowLatencyDispatchBytes(int num_ranks, int num_experts, int layout, int 
   return jax_ep::LowLatencyDispatchBytes(p, num_ranks, encodes);
 }
 
-// The same of a low-latency combine; no rows have 0 bytes.
+// The same of a low-latency combine; no rows have 0 bytes. `logfmt_item_bytes`: of a number, if sums travel in
+// LogFMT-10; else 0.
 int64_t LowLatencyCombineBytes(int num_ranks, int num_tokens, int num_topk, int max_recv_tokens, int64_t row_bytes,
-                               bool has_carried) {
+                               bool has_carried, int logfmt_item_bytes) {
   static const float carried = 0;
   jax_ep::CombineParams p{};
+  p.dtype = logfmt_item_bytes == 4 ? jax_ep::RowDtype::kFloat32 : jax_ep::RowDtype::kBfloat16;
   p.num_tokens = num_tokens, p.num_topk = num_topk, p.max_recv_tokens = max_recv_tokens, p.row_bytes = row_bytes;
   p.carried = has_carried ? &carried : nullptr;
-  return jax_ep::LowLatencyCombineBytes(p, num_ranks);
+  return jax_ep::LowLatencyCombineBytes(p, num_ranks, logfmt_item_bytes != 0);
 }
 
 }  // namespace
@@ -108,7 +110,8 @@ NB_MODULE(_core, module) {
              nb::arg("layout"), nb::arg("num_tokens"), nb::arg("num_topk"), nb::arg("max_recv_tokens"),
              nb::arg("row_bytes"), nb::arg("has_weights"), nb::arg("is_routed"), nb::arg("encodes"));
   module.def("low_latency_combine_bytes", &LowLatencyCombineBytes, nb::arg("num_ranks"), nb::arg("num_tokens"),
-             nb::arg("num_topk"), nb::arg("max_recv_tokens"), nb::arg("row_bytes"), nb::arg("has_carried"));
+             nb::arg("num_topk"), nb::arg("max_recv_tokens"), nb::arg("row_bytes"), nb::arg("has_carried"),
+             nb::arg("logfmt_item_bytes"));
   module.def("have_peer_access", &jax_ep::Group::HavePeerAccess, nb::arg("devices"));
   module.def("set_timeout", &jax_ep::Group::SetTimeout, nb::arg("seconds"));
   module.attr("cuda_version") = nb::make_tuple(CUDART_VERSION / 1000, CUDART_VERSION % 1000 / 10);

@@ -177,7 +177,7 @@ def test_low_latency_halves_are_launched_once_each_and_in_order(mesh, layout):
     assert launches(differentiated) == [f"low_latency_{name}" for name in names + back]
 
 
-def test_halves_of_high_throughput_under_vmap_or_with_a_wire_format_are_the_references(mesh):
+def test_halves_of_high_throughput_or_under_vmap_are_the_references(mesh):
     def on_gpus(f):
         sharded = jax.shard_map(f, mesh=mesh, in_specs=(P("expert"), P(), P()), out_specs=P("expert"))
         return compile_for_gpus(mesh, sharded)
@@ -188,17 +188,37 @@ def test_halves_of_high_throughput_under_vmap_or_with_a_wire_format_are_the_refe
 
         return jax.vmap(halves, in_axes=1, out_axes=1)(x.reshape(T // 2, 2, H)).reshape(T, H)
 
-    def compressed(x, routers, scales):
-        idx = jax.lax.top_k(x @ routers[0], K)[1]
-        recv, handle = jax_ep.dispatch(x, idx, axis_name="expert", num_experts=E, mode="low_latency")
-        return jax_ep.combine_done(jax_ep.combine_start(recv.x, handle, wire="logfmt10"))
-
     def high_throughput(x, routers, scales):
         return moe(x, routers[0], scales[0], halves=True)
 
     assert not any(name.endswith(("start", "done")) for name in launches(on_gpus(vmapped)))
-    assert launches(on_gpus(compressed)) == ["low_latency_dispatch"]
     assert launches(on_gpus(high_throughput)) == ["notify"]
+
+
+@pytest.mark.parametrize("layout", ["expert", "rank", "batched"])
+def test_sums_in_logfmt10_are_encoded_by_low_latency_and_before_high_throughput(mesh, layout):
+    """Low latency has it in its kernels. High throughput is handed encoded sums as rows of layout "rank"."""
+
+    def launched(mode, back):
+        def f(x, routers, scales):
+            idx = jax.lax.top_k(x @ routers[0], K)[1]
+            recv, handle = jax_ep.dispatch(x, idx, axis_name="expert", num_experts=E, layout=layout, mode=mode)
+            return back(recv.x, handle)
+
+        sharded = jax.shard_map(f, mesh=mesh, in_specs=(P("expert"), P(), P()), out_specs=P("expert"))
+        compiled = compile_for_gpus(mesh, sharded)
+        return launches(compiled), collectives(compiled)
+
+    def whole(y, handle):
+        return jax_ep.combine(y, handle, wire="logfmt10")
+
+    def halves(y, handle):
+        return jax_ep.combine_done(jax_ep.combine_start(y, handle, wire="logfmt10"))
+
+    assert launched("low_latency", whole) == (["low_latency_dispatch", "low_latency_combine"], [])
+    low_latency_halves = ["low_latency_dispatch", "low_latency_combine_start", "low_latency_combine_done"]
+    assert launched("low_latency", halves) == (low_latency_halves, [])
+    assert launched("high_throughput", whole) == (["dispatch", "combine"], [])
 
 
 def test_shapes_beyond_the_low_latency_kernel_are_served_by_the_other(mesh):

@@ -149,3 +149,4 @@ class CombineInFlight:
 
     rows: jax.Array
     handle: Handle
+    wire: str | None = dataclasses.field(metadata={"static": True})

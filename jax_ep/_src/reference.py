@@ -156,8 +156,8 @@ def dispatch_done(*operands: jax.Array, routing: Routing, num_rows: int, has_wei
 def combine(*operands: jax.Array, routing: Routing, num_rows: int, has_weights: bool, wire: str | None) -> Arrays:
     """y [C, H]..., gates back f32[C]? (or [C, K]), slot, recv_slot, counts -> [T, H]..., f32[T, K]?."""
     *_, slot, recv_slot, counts = operands
-    static: dict[str, Any] = {"routing": routing, "num_rows": num_rows, "has_weights": has_weights}
-    return combine_done(*combine_start(*operands, **static, wire=wire), slot, recv_slot, counts, **static)
+    static: dict[str, Any] = {"routing": routing, "num_rows": num_rows, "has_weights": has_weights, "wire": wire}
+    return combine_done(*combine_start(*operands, **static), slot, recv_slot, counts, **static)
 
 
 def combine_weighted(
@@ -165,13 +165,13 @@ def combine_weighted(
 ) -> Arrays:
     """y [C, H], weights f32[C], slot, recv_slot, counts -> [T, H]: sum over k of weights[row(t, k)] * y[row(t, k)]."""
     partials = combine_weighted_start(y, weights, *arrays, routing=routing, wire=wire)
-    return combine_done(*partials, *arrays, routing=routing, num_rows=1, has_weights=False)
+    return combine_done(*partials, *arrays, routing=routing, num_rows=1, has_weights=False, wire=wire)
 
 
 def combine_start(*operands: jax.Array, routing: Routing, num_rows: int, has_weights: bool, wire: str | None) -> Arrays:
     """y [C, H]..., gates back?, slot, recv_slot, counts -> every rank's sums for my tokens, [R, T, H]..., [R, T, K]?."""
     *payload, _, recv_slot, _ = operands
-    result = [_send_partials(y, None, recv_slot, routing, wire) for y in payload[:num_rows]]
+    result = [_all_to_all(partial_sums(y, None, recv_slot, routing, wire), routing) for y in payload[:num_rows]]
     if has_weights:
         back = payload[-1]
         row = recv_slot.reshape(-1)
@@ -187,11 +187,12 @@ def combine_weighted_start(
     y: jax.Array, weights: jax.Array, *arrays: jax.Array, routing: Routing, wire: str | None
 ) -> Arrays:
     """y [C, H], weights f32[C], slot, recv_slot, counts -> every rank's weighted sums for my tokens, [R, T, H]."""
-    return [_send_partials(y, weights, arrays[1], routing, wire)]
+    return [_all_to_all(partial_sums(y, weights, arrays[1], routing, wire), routing)]
 
 
-def combine_done(*operands: jax.Array, routing: Routing, num_rows: int, has_weights: bool) -> Arrays:
+def combine_done(*operands: jax.Array, routing: Routing, num_rows: int, has_weights: bool, wire: str | None) -> Arrays:
     """sums [R, T, H]..., gates back [R, T, K]?, slot, recv_slot, counts -> [T, H]..., f32[T, K]?."""
+    del wire  # the start has sent what comes of it
     *payload, slot, _, _ = operands
     result = []
     for partials in payload[:num_rows]:
@@ -206,12 +207,12 @@ def combine_done(*operands: jax.Array, routing: Routing, num_rows: int, has_weig
     return result
 
 
-def _send_partials(
+def partial_sums(
     y: jax.Array, weights: jax.Array | None, recv_slot: jax.Array, routing: Routing, wire: str | None
 ) -> jax.Array:
-    """y [C, H] -> [R, T, H]: what each rank's rows of my tokens sum to, rounded to y's dtype."""
+    """y [C, H] -> [R, T, H]: what my rows of each rank's tokens sum to, rounded to y's dtype, and through `wire`."""
 
-    def partial_sums(slot_of_source: jax.Array) -> jax.Array:  # s32[T, K] -> [T, H]
+    def for_source(slot_of_source: jax.Array) -> jax.Array:  # s32[T, K] -> [T, H]
         if routing.layout == "rank":  # one row a token, named by each of its choices here
             slot_of_source = slot_of_source.max(axis=1, keepdims=True, initial=-1)
 
@@ -226,7 +227,7 @@ def _send_partials(
         rounded = total.astype(y.dtype)
         return logfmt.logfmt10_roundtrip(rounded) if wire == "logfmt10" else rounded
 
-    return _all_to_all(lax.map(partial_sums, recv_slot), routing)
+    return lax.map(for_source, recv_slot)
 
 
 # ---- moving rows -----------------------------------------------------------------------------------------------------
