@@ -34,6 +34,7 @@ struct LowLatencyParams {
   // kDone gives zeros. Null with kBoth.
   uint64_t* in_flight;
   Encoding encoding;  // of a kDispatch with kBoth
+  bool logfmt;        // of a combine: sums travel in LogFMT-10 (device/logfmt.cuh), own ones too; nothing is carried
 };
 
 struct LowLatencyConfig {
@@ -43,7 +44,7 @@ struct LowLatencyConfig {
 // Bytes that a call needs of a window, 0 where the shape is beyond the kernel. Pointers and in_flight are not looked
 // at: weights and carried count as present if they are not null. With a half the handle must be known: kDispatchCached.
 int64_t LowLatencyDispatchBytes(const DispatchParams& params, int num_ranks, bool encodes = false);
-int64_t LowLatencyCombineBytes(const CombineParams& params, int num_ranks);
+int64_t LowLatencyCombineBytes(const CombineParams& params, int num_ranks, bool logfmt = false);
 
 cudaError_t LaunchLowLatencyDispatch(const DispatchParams& params, const LowLatencyParams& low_latency,
                                      const LowLatencyConfig& config, cudaStream_t stream);
