@@ -112,10 +112,12 @@ int64_t DispatchLandingBytes(int num_ranks, int num_experts, int layout, int num
       num_ranks);
 }
 
+// `logfmt_item_bytes`: of a number, if sums travel in LogFMT-10; else 0.
 int64_t LowLatencyCombineBytes(int num_ranks, int num_tokens, int num_topk, int max_recv_tokens, int64_t row_bytes,
-                               bool has_carried) {
-  return jax_ep::LowLatencyCombineBytes(CombineSizes(num_tokens, num_topk, max_recv_tokens, row_bytes, has_carried),
-                                        num_ranks);
+                               bool has_carried, int logfmt_item_bytes) {
+  jax_ep::CombineParams p = CombineSizes(num_tokens, num_topk, max_recv_tokens, row_bytes, has_carried);
+  p.dtype = logfmt_item_bytes == 4 ? jax_ep::RowDtype::kFloat32 : jax_ep::RowDtype::kBfloat16;
+  return jax_ep::LowLatencyCombineBytes(p, num_ranks, logfmt_item_bytes != 0);
 }
 
 int64_t CombineLandingBytes(int num_ranks, int num_tokens, int num_topk, int max_recv_tokens, int64_t row_bytes,
@@ -168,7 +170,8 @@ NB_MODULE(_core, module) {
              nb::arg("layout"), nb::arg("num_tokens"), nb::arg("num_topk"), nb::arg("max_recv_tokens"),
              nb::arg("row_bytes"), nb::arg("has_weights"), nb::arg("is_routed"), nb::arg("encodes"));
   module.def("low_latency_combine_bytes", &LowLatencyCombineBytes, nb::arg("num_ranks"), nb::arg("num_tokens"),
-             nb::arg("num_topk"), nb::arg("max_recv_tokens"), nb::arg("row_bytes"), nb::arg("has_carried"));
+             nb::arg("num_topk"), nb::arg("max_recv_tokens"), nb::arg("row_bytes"), nb::arg("has_carried"),
+             nb::arg("logfmt_item_bytes"));
   module.def("have_peer_access", &jax_ep::Group::HavePeerAccess, nb::arg("devices"));
   module.def("set_timeout", &jax_ep::Group::SetTimeout, nb::arg("seconds"));
   module.attr("cuda_version") = nb::make_tuple(CUDART_VERSION / 1000, CUDART_VERSION % 1000 / 10);

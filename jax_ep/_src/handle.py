@@ -150,3 +150,4 @@ class CombineInFlight:
 
     rows: jax.Array
     handle: Handle
+    wire: str | None = dataclasses.field(metadata={"static": True})

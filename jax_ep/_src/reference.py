@@ -153,7 +153,7 @@ dispatch_done = dispatch_cached
 def combine(*operands: jax.Array, routing: Routing, num_rows: int, has_weights: bool, wire: str | None) -> Arrays:
     """y [C, H]..., gates back f32[C]? (or [C, K]), slot, recv_slot, counts -> [T, H]..., f32[T, K]?."""
     *payload, slot, recv_slot, _ = operands
-    result = [_sum(_send_partials(y, None, recv_slot, routing, wire)) for y in payload[:num_rows]]
+    result = [_sum(_all_to_all(partial_sums(y, None, recv_slot, routing, wire), routing)) for y in payload[:num_rows]]
     if has_weights:
         row = recv_slot.reshape(-1)
         if routing.layout == "rank":  # f32[C, K]: the gate of choice k stands in column k of the token's row
@@ -170,16 +170,16 @@ def combine_weighted(
     y: jax.Array, weights: jax.Array, *arrays: jax.Array, routing: Routing, wire: str | None
 ) -> Arrays:
     """y [C, H], weights f32[C], slot, recv_slot, counts -> [T, H]: sum over k of weights[row(t, k)] * y[row(t, k)]."""
-    return [_sum(_send_partials(y, weights, arrays[1], routing, wire))]
+    return [_sum(_all_to_all(partial_sums(y, weights, arrays[1], routing, wire), routing))]
 
 
 combine_start = combine
 combine_weighted_start = combine_weighted
 
 
-def combine_done(*operands: jax.Array, routing: Routing, num_rows: int, has_weights: bool) -> Arrays:
+def combine_done(*operands: jax.Array, routing: Routing, num_rows: int, has_weights: bool, wire: str | None) -> Arrays:
     """sums [T, H]..., gates back [T, K]?, slot, recv_slot, counts -> sums and gates as they are."""
-    del routing, num_rows, has_weights
+    del routing, num_rows, has_weights, wire
     return list(operands[:-3])
 
 
@@ -191,12 +191,12 @@ def _sum(partials: jax.Array) -> jax.Array:
     return total.astype(partials.dtype)
 
 
-def _send_partials(
+def partial_sums(
     y: jax.Array, weights: jax.Array | None, recv_slot: jax.Array, routing: Routing, wire: str | None
 ) -> jax.Array:
-    """y [C, H] -> [R, T, H]: what each rank's rows of my tokens sum to, rounded to y's dtype."""
+    """y [C, H] -> [R, T, H]: what my rows of each rank's tokens sum to, rounded to y's dtype, and through `wire`."""
 
-    def partial_sums(slot_of_source: jax.Array) -> jax.Array:  # s32[T, K] -> [T, H]
+    def for_source(slot_of_source: jax.Array) -> jax.Array:  # s32[T, K] -> [T, H]
         if routing.layout == "rank":  # one row a token, named by each of its choices here
             slot_of_source = slot_of_source.max(axis=1, keepdims=True, initial=-1)
 
@@ -211,7 +211,7 @@ def _send_partials(
         rounded = total.astype(y.dtype)
         return logfmt.logfmt10_roundtrip(rounded) if wire == "logfmt10" else rounded
 
-    return _all_to_all(lax.map(partial_sums, recv_slot), routing)
+    return lax.map(for_source, recv_slot)
 
 
 def combine_grad(out_bar: jax.Array, y: jax.Array, weights: jax.Array, *arrays: jax.Array, routing: Routing) -> Arrays:

@@ -6,6 +6,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <functional>
 #include <random>
 #include <string>
 #include <vector>
@@ -158,38 +159,38 @@ inline void Store(RowDtype dtype, char* p, float value) {
   if (dtype == RowDtype::kBfloat16) *reinterpret_cast<__nv_bfloat16*>(p) = __float2bfloat16_rn(value);
 }
 
-inline float Round(RowDtype dtype, float value) {
-  char bits[4];
-  Store(dtype, bits, value);
-  return Load(dtype, bits);
-}
-
-// out [T, H] of rank r from everybody's y [C, H] and weights [C]. Only tokens t % stride == 0, the others stay zero.
+// out [T, H] of rank r from everybody's y [C, H] and weights [C]. `wire` makes of a rank's sum of a token, in place,
+// what arrives of it. Only tokens t % stride == 0, the others stay zero.
 inline std::vector<char> Combined(const Case& c, const std::vector<RankRouting>& routing, int r,
                                   const std::vector<std::vector<char>>& y,
-                                  const std::vector<std::vector<float>>* weights, int stride = 1) {
+                                  const std::vector<std::vector<float>>* weights, int stride = 1,
+                                  const std::function<void(char*)>& wire = nullptr) {
   const int64_t row_bytes = c.row_bytes(), elem = c.elem_bytes();
-  std::vector<char> out(c.num_tokens * row_bytes, 0);
+  std::vector<char> out(c.num_tokens * row_bytes, 0), sum(row_bytes);
+  std::vector<float> total(c.hidden);
   for (int t = 0; t < c.num_tokens; t += stride) {
-    for (int64_t h = 0; h < c.hidden; ++h) {
-      volatile float total = 0;
-      for (int d = 0; d < c.num_ranks; ++d) {
-        volatile float partial = 0;
-        bool any = false, taken = false;
-        for (int k = 0; k < c.num_topk; ++k) {
-          const int64_t slot = routing[r].slot[static_cast<int64_t>(t) * c.num_topk + k];
-          if (slot < 0 || slot / c.capacity != d || taken) continue;
-          any = true;
-          taken = c.layout == Layout::kRank;
-          const int64_t row = slot % c.capacity;
+    total.assign(c.hidden, 0.f);
+    for (int d = 0; d < c.num_ranks; ++d) {
+      std::vector<int64_t> rows;
+      for (int k = 0; k < c.num_topk; ++k) {
+        const int64_t slot = routing[r].slot[static_cast<int64_t>(t) * c.num_topk + k];
+        if (slot < 0 || slot / c.capacity != d || (c.layout == Layout::kRank && !rows.empty())) continue;
+        rows.push_back(slot % c.capacity);
+      }
+      if (rows.empty()) continue;
+      for (int64_t h = 0; h < c.hidden; ++h) {
+        volatile float partial = 0;  // so that each product and each sum is rounded
+        for (int64_t row : rows) {
           volatile float value = Load(c.dtype, &y[d][row * row_bytes + h * elem]);
           if (weights != nullptr) value = (*weights)[d][row] * value;
           partial = partial + value;
         }
-        if (any) total = total + Round(c.dtype, partial);
+        Store(c.dtype, &sum[h * elem], partial);
       }
-      Store(c.dtype, &out[t * row_bytes + h * elem], total);
+      if (wire) wire(sum.data());
+      for (int64_t h = 0; h < c.hidden; ++h) total[h] += Load(c.dtype, &sum[h * elem]);
     }
+    for (int64_t h = 0; h < c.hidden; ++h) Store(c.dtype, &out[t * row_bytes + h * elem], total[h]);
   }
   return out;
 }
