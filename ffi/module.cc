@@ -17,6 +17,8 @@ extern "C" XLA_FFI_Error* JaxEpCombine(XLA_FFI_CallFrame*);
 extern "C" XLA_FFI_Error* JaxEpDispatch(XLA_FFI_CallFrame*);
 extern "C" XLA_FFI_Error* JaxEpDispatchCached(XLA_FFI_CallFrame*);
 extern "C" XLA_FFI_Error* JaxEpDispatchLayout(XLA_FFI_CallFrame*);
+extern "C" XLA_FFI_Error* JaxEpIsDead(XLA_FFI_CallFrame*);
+extern "C" XLA_FFI_Error* JaxEpIsDeadOnHost(XLA_FFI_CallFrame*);
 extern "C" XLA_FFI_Error* JaxEpLowLatencyCombine(XLA_FFI_CallFrame*);
 extern "C" XLA_FFI_Error* JaxEpLowLatencyCombineDone(XLA_FFI_CallFrame*);
 extern "C" XLA_FFI_Error* JaxEpLowLatencyCombineStart(XLA_FFI_CallFrame*);
@@ -39,6 +41,7 @@ nb::dict Handlers() {
   add("jax_ep_dispatch", JaxEpDispatch);
   add("jax_ep_dispatch_cached", JaxEpDispatchCached);
   add("jax_ep_dispatch_layout", JaxEpDispatchLayout);
+  add("jax_ep_is_dead", JaxEpIsDead);
   add("jax_ep_low_latency_combine", JaxEpLowLatencyCombine);
   add("jax_ep_low_latency_combine_done", JaxEpLowLatencyCombineDone);
   add("jax_ep_low_latency_combine_start", JaxEpLowLatencyCombineStart);
@@ -82,6 +85,11 @@ int64_t LowLatencyCombineBytes(int num_ranks, int num_tokens, int num_topk, int 
 
 NB_MODULE(_core, module) {
   module.def("handlers", &Handlers);
+  module.def("host_handlers", [] {
+    nb::dict handlers;
+    handlers["jax_ep_is_dead"] = nb::capsule(reinterpret_cast<void*>(JaxEpIsDeadOnHost));
+    return handlers;
+  });
   module.def(
       "make_group", [](const std::vector<int>& devices) { jax_ep::Group::OfDevices(devices); }, nb::arg("devices"));
   nb::class_<jax_ep::Place>(module, "Place")
@@ -113,6 +121,7 @@ NB_MODULE(_core, module) {
              nb::arg("num_topk"), nb::arg("max_recv_tokens"), nb::arg("row_bytes"), nb::arg("has_carried"),
              nb::arg("logfmt_item_bytes"));
   module.def("have_peer_access", &jax_ep::Group::HavePeerAccess, nb::arg("devices"));
+  module.def("set_dead", &jax_ep::Group::SetDead, nb::arg("devices"));
   module.def("set_timeout", &jax_ep::Group::SetTimeout, nb::arg("seconds"));
   module.attr("cuda_version") = nb::make_tuple(CUDART_VERSION / 1000, CUDART_VERSION % 1000 / 10);
   module.attr("ffi_api") = nb::make_tuple(XLA_FFI_API_MAJOR, XLA_FFI_API_MINOR);

@@ -124,30 +124,50 @@ __device__ inline void FindZeroRows(const DispatchPlan& plan, const int32_t* cou
   if (lane == 0) zero.before[zero.num_ranges] = before;
 }
 
-__device__ inline void WriteZeroRows(const DispatchPlan& plan, const ZeroRows& zero, const char* zeros, int index) {
+// A row without a token, by one warp.
+__device__ __forceinline__ void WriteZeroRow(const DispatchPlan& plan, const char* zeros, int64_t row) {
   const DispatchParams& p = plan.params;
-  const int lane = threadIdx.x % 32, num_rows = zero.before[zero.num_ranges];
+  const int lane = threadIdx.x % 32;
+  if (p.num_row_arrays > 0) {
+    const int64_t row_bytes = p.rows[0].row_bytes;
+    for (int64_t offset = static_cast<int64_t>(lane) * plan.zero_bytes; offset < row_bytes;
+         offset += 32 * plan.zero_bytes) {
+      const int num_bytes = static_cast<int>(min(static_cast<int64_t>(plan.zero_bytes), row_bytes - offset));
+      BulkStore(p.rows[0].recv + row * row_bytes + offset, zeros, num_bytes);
+    }
+    CommitBulkGroup();
+    WaitBulkRead<4>();
+  }
+  if (p.num_row_arrays > 1) {
+    for (int64_t j = lane; j < p.rows[1].row_bytes; j += 32) p.rows[1].recv[row * p.rows[1].row_bytes + j] = 0;
+  }
+  const int num_choices = p.layout == Layout::kRank ? p.num_topk : 1;
+  if (lane < num_choices) {
+    if (p.recv_weights != nullptr) p.recv_weights[row * num_choices + lane] = 0.f;
+    if (p.recv_topk_idx != nullptr && p.operation != kDispatchCached) p.recv_topk_idx[row * num_choices + lane] = -1;
+  }
+}
+
+__device__ inline void WriteZeroRows(const DispatchPlan& plan, const ZeroRows& zero, const char* zeros, int index) {
+  const int num_rows = zero.before[zero.num_ranges];
   int range = 0;
   for (int i = index; i < num_rows; i += plan.num_copy_warps) {
     while (i >= zero.before[range + 1]) ++range;
-    const int64_t row = zero.first[range] + (i - zero.before[range]);
-    if (p.num_row_arrays > 0) {
-      const int64_t row_bytes = p.rows[0].row_bytes;
-      for (int64_t offset = static_cast<int64_t>(lane) * plan.zero_bytes; offset < row_bytes;
-           offset += 32 * plan.zero_bytes) {
-        const int num_bytes = static_cast<int>(min(static_cast<int64_t>(plan.zero_bytes), row_bytes - offset));
-        BulkStore(p.rows[0].recv + row * row_bytes + offset, zeros, num_bytes);
+    WriteZeroRow(plan, zeros, zero.first[range] + (i - zero.before[range]));
+  }
+}
+
+// A routing from before the mask has rows for masked ranks' tokens too.
+__device__ inline void WriteRowsOfDead(const DispatchPlan& plan, const Call& call, const char* zeros, int index) {
+  const DispatchParams& p = plan.params;
+  const int lane = threadIdx.x % 32;
+  for (uint32_t rest = call.dead; rest != 0; rest &= rest - 1) {
+    const int64_t first = static_cast<int64_t>(__ffs(rest) - 1) * p.num_tokens;
+    for (int token = index; token < p.num_tokens; token += plan.num_copy_warps) {
+      const int row = lane < p.num_topk ? p.recv_slot[(first + token) * p.num_topk + lane] : -1;
+      for (uint32_t holders = __ballot_sync(~0u, DistinctRow(plan, row) >= 0); holders != 0; holders &= holders - 1) {
+        WriteZeroRow(plan, zeros, __shfl_sync(~0u, row, __ffs(holders) - 1));
       }
-      CommitBulkGroup();
-      WaitBulkRead<4>();
-    }
-    if (p.num_row_arrays > 1) {
-      for (int64_t j = lane; j < p.rows[1].row_bytes; j += 32) p.rows[1].recv[row * p.rows[1].row_bytes + j] = 0;
-    }
-    const int num_choices = p.layout == Layout::kRank ? p.num_topk : 1;
-    if (lane < num_choices) {
-      if (p.recv_weights != nullptr) p.recv_weights[row * num_choices + lane] = 0.f;
-      if (p.recv_topk_idx != nullptr && p.operation != kDispatchCached) p.recv_topk_idx[row * num_choices + lane] = -1;
     }
   }
 }
@@ -194,13 +214,14 @@ __device__ inline void CopyRows(const DispatchPlan& plan, const Call& call, Disp
     }
   }
   if (came) WriteZeroRows(plan, zero, zeros, index);
+  if (came && call.dead != 0 && p.operation == kDispatchCached) WriteRowsOfDead(plan, call, zeros, index);
   if (p.num_row_arrays > 0 && p.layout != Layout::kRank && p.num_topk > 1 && num_peers > 0) {
     const int64_t num_jobs = static_cast<int64_t>(longest) * num_lanes * num_peers;
     for (int64_t i = index; i < num_jobs && came; i += plan.num_copy_warps) {
       const int source = (call.rank + num_peers - static_cast<int>(i % num_peers)) % call.num_ranks;
       const int sending_lane = static_cast<int>(i / num_peers % num_lanes);
       const int step = static_cast<int>(i / num_peers / num_lanes), token = token_of(step, sending_lane);
-      if (token < 0) continue;
+      if (token < 0 || !call.Reaches(source)) continue;
       came = await(source, sending_lane, 2 + step);
       if (!came) break;
       int row = rows_of(source, token);

@@ -40,13 +40,14 @@ __device__ void SendCachedWeights(const DispatchPlan& plan, const Call& call, co
     const int slot = p.slot[i], rank = slot >= 0 ? slot / capacity : -1, first = i / num_topk * num_topk;
     const float weight = p.topk_weights[i];
     if (p.layout != Layout::kRank) {
-      if (slot >= 0) reinterpret_cast<float*>(shared.address[rank][kRecvWeights])[slot % capacity] = weight;
+      if (slot >= 0 && call.Reaches(rank))
+        reinterpret_cast<float*>(shared.address[rank][kRecvWeights])[slot % capacity] = weight;
       continue;
     }
     // Column k of each row that the token has: the gate on the rank of choice k, zero on the others.
     for (int k = 0; k < num_topk; ++k) {
       const int other = p.slot[first + k];
-      if (other < 0) continue;
+      if (other < 0 || !call.Reaches(other / capacity)) continue;
       float* row = reinterpret_cast<float*>(shared.address[other / capacity][kRecvWeights]) +
                    static_cast<int64_t>(other % capacity) * num_topk;
       row[i - first] = other == slot ? weight : 0.f;
@@ -75,11 +76,11 @@ __global__ void __launch_bounds__(kDispatchThreads, 1) DispatchKernel(const __gr
     InitMbarrier(&shared.copy_full[0][0] + i);
   FenceMbarrierInit();
   if (p.refused && threadIdx.x == 0) Refuse(call);
-  const bool takes_part = __syncthreads_and(!p.refused && !HasFailed(call));
+  const bool takes_part = __syncthreads_and(!p.refused && !HasFailed(call) && !call.IsDead(call.rank));
 
   if (sends && takes_part) {
     if (!cached) CountTokens(plan, call, notify);
-    if (threadIdx.x < call.num_ranks) {
+    if (call.Reaches(threadIdx.x)) {
       Mail* mail = &call.Peer(threadIdx.x)->mail[call.parity][call.rank][block];
       mail->address[kRecvRows] = reinterpret_cast<uint64_t>(p.rows[0].recv);
       mail->address[kRecvRows1] = reinterpret_cast<uint64_t>(p.rows[1].recv);
@@ -100,6 +101,7 @@ __global__ void __launch_bounds__(kDispatchThreads, 1) DispatchKernel(const __gr
       const int rows_wanted = p.layout == Layout::kRank ? notify.total[p.num_experts + call.rank] : 0;
       FindZeroRows(plan, notify.total + call.rank * num_local, rows_wanted, zero);
     }
+    if (sends && call.dead != 0) ForgetDeadSources(plan, call);
     if (sends && p.layout == Layout::kRank) WriteRankSlots(plan, call, notify, shared);
     if (sends && p.layout != Layout::kRank) WriteExpertSlots(plan, call, notify, shared);
   } else if (met) {
@@ -127,7 +129,7 @@ __global__ void __launch_bounds__(kDispatchThreads, 1) DispatchKernel(const __gr
     CopyRows(plan, call, shared, zero, dynamic, copy_stages, copy_warp, index);
   }
   if (IsLastBlock(call)) {
-    if (HasFailed(call)) ClearResults(plan, call);
+    if (HasFailed(call) || call.IsDead(call.rank)) ClearResults(plan, call);
     EndCall(call);
   }
 }

@@ -79,7 +79,7 @@ __device__ inline void SendRows(const DispatchPlan& plan, const Call& call, Disp
     next_slot = load_slot(token + 1);
     const int rank = slot >= 0 ? slot / p.max_recv_tokens : -1, row = slot - rank * p.max_recv_tokens;
     const uint32_t same = __match_any_sync(~0u, rank);
-    const bool sends = rank >= 0 && rank != call.rank && (same & ((1u << lane) - 1)) == 0;
+    const bool sends = rank >= 0 && rank != call.rank && call.Reaches(rank) && (same & ((1u << lane) - 1)) == 0;
     char* const target = sends ? reinterpret_cast<char*>(shared.address[rank][kRecvRows]) : nullptr;
     char* const second = sends ? reinterpret_cast<char*>(shared.address[rank][kRecvRows1]) : nullptr;
     if (second_apart) {
@@ -128,7 +128,7 @@ __device__ inline void Publish(const DispatchPlan& plan, const Call& call, Dispa
     __syncwarp();
     FenceSys();  // what the senders stored before counting is before the flags
     for (int warp = 0; warp < kSendWarps; ++warp) {
-      if (sent[warp] > published[warp] && peer < call.num_ranks) {
+      if (sent[warp] > published[warp] && call.Reaches(peer)) {
         StoreRelaxedSys(&call.Peer(peer)->progress[call.rank][kSendWarps * blockIdx.x + warp], call.Tag(sent[warp]));
       }
       published[warp] = sent[warp];

@@ -3,6 +3,7 @@
 #include <cuda_runtime_api.h>
 
 #include <algorithm>
+#include <set>
 #include <stdexcept>
 
 #include "combine/combine.h"
@@ -21,6 +22,7 @@ struct Registry {
   std::map<int, int> ordinal_by_device;
   uint64_t spanning_generation = 0;
   uint64_t timeout_ns = 60'000'000'000;  // until jax_ep.config says another
+  std::set<int> dead;                    // devices
 
   int OrdinalOf(int device) const {
     const auto found = ordinal_by_device.find(device);
@@ -67,7 +69,7 @@ std::string InWords(const Status& status, const std::string& who, const std::str
   const auto number = [](uint64_t epoch) { return std::to_string(epoch & 0xffffffff); };
   if (status.phase == kInFlight) {
     return std::string(kOperations[status.operation]) + ": " + who +
-           " was given a value in flight that no start of this group has made";
+           " was given a value in flight that no start of this group has made, or one from before its mask changed";
   }
   std::string text = std::string(kOperations[status.operation]) + ": " + who + " waited for " + whom + " in phase " +
                      kPhases[status.phase] + ", lane " + std::to_string(status.lane) + ", call " + number(epoch) +
@@ -83,11 +85,13 @@ std::string InWords(const Status& status, const std::string& who, const std::str
 
 }  // namespace
 
-Group::Group(const std::vector<Place>& places) : ranks_(places.size()) {
+Group::Group(const std::vector<int>& devices, const std::vector<Place>& places)
+    : devices_(devices), ranks_(places.size()) {
   if (places.empty() || places.size() > kMaxRanks) {
     throw std::runtime_error("jax_ep: a group must have 1 to " + std::to_string(kMaxRanks) + " ranks, got " +
                              std::to_string(places.size()));
   }
+  dead_ = next_dead_ = DeadRanks();
   spans_processes_ = std::any_of(places.begin(), places.end(), [](const Place& place) { return place.device < 0; });
   DeviceGuard guard;
   for (size_t i = 0; i < places.size(); ++i) {
@@ -128,6 +132,7 @@ Group::Group(const std::vector<Place>& places) : ranks_(places.size()) {
     view.num_ranks = num_ranks();
     view.timeout_ns = TheRegistry().timeout_ns;
     view.status = ranks_[i].status;
+    view.membership = dead_;
     for (size_t peer = 0; peer < ranks_.size(); ++peer) {
       view.window[peer] = ranks_[peer].window;
       view.shift[peer] = ranks_[peer].place.shift;
@@ -160,7 +165,7 @@ Group& Group::OfDevices(const std::vector<int>& devices) {
     }
     places.push_back(place);
   }
-  registry.groups.push_back(std::unique_ptr<Group>(new Group(places)));
+  registry.groups.push_back(std::unique_ptr<Group>(new Group(devices, places)));
   return *(registry.by_devices[devices] = registry.groups.back().get());
 }
 
@@ -168,7 +173,7 @@ void Group::MakeSpanning(const std::vector<int>& devices, const std::vector<Plac
   Registry& registry = TheRegistry();
   std::lock_guard<std::mutex> lock(registry.mutex);
   if (registry.by_devices.count(devices) != 0) return;
-  registry.groups.push_back(std::unique_ptr<Group>(new Group(places)));
+  registry.groups.push_back(std::unique_ptr<Group>(new Group(devices, places)));
   registry.groups.back()->generation_ = registry.spanning_generation;
   registry.by_devices[devices] = registry.groups.back().get();
 }
@@ -195,7 +200,7 @@ bool Group::HasFailedSpanning() {
     if (!group->spans_processes_) continue;
     std::lock_guard<std::mutex> group_lock(group->mutex_);
     if (group->failure_.empty()) group->failure_ = group->Listen();
-    if (!group->failure_.empty()) return true;
+    if (!group->failure_.empty() || group->dead_ != group->next_dead_) return true;
   }
   return false;
 }
@@ -215,6 +220,7 @@ void Group::Resume(uint64_t generation) {
     std::lock_guard<std::mutex> group_lock(group->mutex_);
     group->generation_ = generation;
     group->failure_.clear();
+    group->dead_ = group->next_dead_;
   }
 }
 
@@ -225,6 +231,37 @@ void Group::SetTimeout(double seconds) {
   if (registry.groups.empty()) return;  // on a machine without CUDA too
   DeviceGuard guard;
   for (const auto& group : registry.groups) group->SetViewTimeout(registry.timeout_ns);
+}
+
+void Group::SetDead(const std::vector<int>& devices) {
+  Registry& registry = TheRegistry();
+  std::lock_guard<std::mutex> lock(registry.mutex);
+  registry.dead = std::set<int>(devices.begin(), devices.end());
+  for (const auto& group : registry.groups) {
+    std::lock_guard<std::mutex> group_lock(group->mutex_);
+    group->next_dead_ = group->DeadRanks();
+  }
+}
+
+bool Group::IsDead(int device) {
+  Registry& registry = TheRegistry();
+  std::lock_guard<std::mutex> lock(registry.mutex);
+  return registry.dead.count(device) != 0;
+}
+
+std::vector<int> Group::DeadDevices() {
+  Registry& registry = TheRegistry();
+  std::lock_guard<std::mutex> lock(registry.mutex);
+  return std::vector<int>(registry.dead.begin(), registry.dead.end());
+}
+
+// Of the registry's dead devices, as a mask of ranks. Called with its mutex held.
+uint32_t Group::DeadRanks() const {
+  uint32_t dead = 0;
+  for (size_t rank = 0; rank < devices_.size(); ++rank) {
+    if (TheRegistry().dead.count(devices_[rank]) != 0) dead |= 1u << rank;
+  }
+  return dead;
 }
 
 void Group::SetViewTimeout(uint64_t timeout_ns) {
@@ -327,6 +364,9 @@ std::string Group::Listen() {
     if (status.epoch >> kCountBits < generation_) continue;  // a consequence of what has been told
     news +=
         (news.empty() ? "" : "; ") + InWords(status, name(status.rank), name(status.peer), TheRegistry().timeout_ns);
+    if (status.peer != status.rank) {
+      news += " (rank " + std::to_string(status.peer) + " is device " + std::to_string(devices_[status.peer]) + ")";
+    }
   }
   return news;
 }
@@ -342,13 +382,23 @@ std::string Group::Enter(int rank, int64_t run, cudaStream_t stream) {
     failed_run_ = run;
     failure_ = news;
   }
+  if (!spans_processes_) {
+    if (dead_ != next_dead_ && run > newest_run_ && run != failed_run_) {
+      ++generation_;
+      dead_ = next_dead_;
+      first_run_ = run;
+    }
+    newest_run_ = std::max(newest_run_, run);
+    if (run < first_run_) return "";  // this rank is behind the one that began the generation
+  }
   if (ranks_[rank].generation == generation_) return "";
   if (!spans_processes_ && run == failed_run_) return failure_;
   ranks_[rank].generation = generation_;
   Ledgers ledgers{};
   ledgers.ledger[ledgers.count++] = ranks_[rank].window;
   for (const auto& arenas : arenas_) ledgers.ledger[ledgers.count++] = reinterpret_cast<Arena*>(arenas->of_rank[rank]);
-  const cudaError_t error = LaunchBeginGeneration(ledgers, generation_, stream);
+  ledgers.view = ranks_[rank].view;
+  const cudaError_t error = LaunchBeginGeneration(ledgers, generation_, dead_, stream);
   return error == cudaSuccess ? "" : std::string("a new generation could not begin: ") + cudaGetErrorString(error);
 }
 

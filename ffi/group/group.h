@@ -38,13 +38,18 @@ class Group {
   static void SetOrdinals(const std::map<int, int>& ordinal_by_device);
   // The JAX id of a device of this process.
   static int DeviceOf(int ordinal);
-  // Of the groups that span processes: whether a call failed here since the last Resume; their generation; the
-  // beginning of the next, by a number on which all processes have agreed.
+  // Of the groups that span processes: whether a call failed here since the last Resume, or the dead are others now;
+  // their generation; the beginning of the next, by a number on which all processes have agreed.
   static bool HasFailedSpanning();
   static uint64_t SpanningGeneration();
   static void Resume(uint64_t generation);
   // How long a wait for a peer may take, for all groups, now and later.
   static void SetTimeout(double seconds);
+  // The devices (JAX's ids) whose ranks take no part in any group from now on, until told otherwise. Within a process
+  // it holds from each group's next run on, over several from Resume on.
+  static void SetDead(const std::vector<int>& devices);
+  static bool IsDead(int device);
+  static std::vector<int> DeadDevices();
   // True where the first device reads and writes the memory of the others directly, and they each other's.
   static bool HavePeerAccess(const std::vector<int>& devices);
 
@@ -80,20 +85,25 @@ class Group {
     std::vector<char*> of_rank;
   };
 
-  explicit Group(const std::vector<Place>& places);
+  Group(const std::vector<int>& devices, const std::vector<Place>& places);
   const Arenas* FindArenas(int64_t window_bytes);
   void SetViewTimeout(uint64_t timeout_ns);
   bool is_local(const Rank& rank) const { return rank.place.device >= 0; }
   std::string Listen();
+  uint32_t DeadRanks() const;
 
+  std::vector<int> devices_;
   std::vector<Rank> ranks_;
   bool spans_processes_;
   std::mutex making_;  // held while arenas are made
   std::mutex mutex_;   // of what follows, and of heard and generation
   std::vector<std::unique_ptr<Arenas>> arenas_;
-  uint64_t generation_ = 0;  // in one process: failures heard of
+  uint64_t generation_ = 0;  // in one process: failures heard of and changes of the mask
   int64_t failed_run_ = 0;
-  std::string failure_;  // in one process the last, else the first of this generation
+  std::string failure_;                // in one process the last, else the first of this generation
+  uint32_t dead_ = 0, next_dead_ = 0;  // ranks: in this generation, in the next
+  // Runs are numbered as they are launched. A mask changes between two: no rank has entered the later one before.
+  int64_t newest_run_ = -1, first_run_ = -1;  // entered; of this generation, if a mask began it
 };
 
 }  // namespace jax_ep

@@ -38,7 +38,9 @@ xla::ffi::Error Report(const char* operation, const Member& member, cudaError_t 
   if (launched != cudaSuccess || !member.refused()) return FromCuda(operation, launched);
   return xla::ffi::Error::Internal(
       std::string(operation) + ": an earlier call of this group failed, and its results are zero: " + member.failure +
-      ". Look at the named rank; jax_ep.config.timeout sets how long a rank waits.");
+      ". Look at the named rank; jax_ep.config.timeout sets how long a rank waits, and jax_ep.config.dead_devices "
+      "which "
+      "ranks the others go on without.");
 }
 
 }  // namespace jax_ep

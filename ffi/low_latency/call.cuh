@@ -43,6 +43,7 @@ __device__ __forceinline__ ArenaCall BeginArenaCall(const LowLatencyParams& para
   call.num_ranks = params.arenas.num_ranks;
   call.operation = operation;
   call.ledger = call.Own();
+  call.dead = DeadRanks(call.group);
   call.sends = params.half != Half::kDone;
   call.receives = params.half != Half::kStart;
   const uint64_t epoch = LoadRelaxedSys(&call.ledger->epoch);
@@ -57,7 +58,12 @@ __device__ __forceinline__ ArenaCall BeginArenaCall(const LowLatencyParams& para
     if (complement == ~begun) {
       call.epoch = begun;
       failed |= !call.of_this_generation;  // told when that generation failed
-    } else if (!none) {
+    }
+    // Told are failures; a mask ends a generation without one.
+    const uint64_t failed_epoch = LoadRelaxedSys(&call.ledger->failed_epoch);
+    const bool untold = complement == ~begun && GenerationOf(begun) < call.group->masked_since &&
+                        (failed_epoch == 0 || GenerationOf(failed_epoch) < GenerationOf(begun));
+    if ((complement != ~begun && !none) || untold) {
       call.epoch = epoch > 0 ? epoch : 1;
       call.of_this_generation = true;
       failed = true;
@@ -67,7 +73,7 @@ __device__ __forceinline__ ArenaCall BeginArenaCall(const LowLatencyParams& para
   // A peer that has failed in this generation may have missed calls: what it has sent under this epoch may be
   // another's.
   const int peer = threadIdx.x;
-  const uint64_t gone = peer < call.num_ranks ? LoadRelaxedSys(&call.Own()->gone[peer]) : 0;
+  const uint64_t gone = call.Reaches(peer) ? LoadRelaxedSys(&call.Own()->gone[peer]) : 0;
   if (gone != 0 && GenerationOf(gone) == GenerationOf(call.epoch) && call.of_this_generation && !none) {
     Fail(call, kReuse, peer, 0, call.Tag(kPosted), call.Tag(kGone));
     failed = true;
@@ -76,7 +82,7 @@ __device__ __forceinline__ ArenaCall BeginArenaCall(const LowLatencyParams& para
   if (refused && threadIdx.x == 0 && call.of_this_generation && !none) Refuse(call);
   call.failed = __syncthreads_or(failed || (call.of_this_generation && HasFailed(call))) && !none;
   call.receives &= !none;
-  call.takes_part = !call.failed && !none;
+  call.takes_part = !call.failed && !none && !call.IsDead(call.rank);
   return call;
 }
 
@@ -86,7 +92,7 @@ __device__ inline void Keep(const ArenaCall& call) {
   const int lane = threadIdx.x % 32;
   Arena* const arena = call.Own();
   if (blockIdx.x == 0) {
-    if (lane < call.num_ranks) {
+    if (call.Reaches(lane)) {
       FenceSys();
       for (int slot = 0; slot < kDepth; ++slot) {
         StoreRelaxedSys(&call.At(lane)->acks[slot][call.rank], LoadRelaxedSys(&arena->finished[slot]));
@@ -114,7 +120,7 @@ __device__ __forceinline__ bool LeaveFailed(const ArenaCall& call, bool failed) 
     atomicAdd(left, 1u);
   }
   if (!failed) return false;
-  if (static_cast<int>(threadIdx.x) < call.num_ranks && call.of_this_generation) {
+  if (call.Reaches(threadIdx.x) && call.of_this_generation) {
     FenceSys();
     StoreRelaxedSys(&call.At(threadIdx.x)->gone[call.rank], call.epoch);
   }
@@ -173,7 +179,7 @@ __device__ __forceinline__ bool AwaitReuse(const ArenaCall& call) {
   Patience patience;
   while (true) {
     uint64_t ack = ~0ull, gone = 0;
-    if (lane < call.num_ranks) {
+    if (call.Reaches(lane)) {
       ack = LoadAcquireSys(&call.Own()->acks[call.slot][lane]);
       gone = LoadRelaxedSys(&call.Own()->gone[lane]);
     }

@@ -162,7 +162,7 @@ __device__ __forceinline__ uint32_t RanksOf(const DispatchWork& work, const Aren
       if (slot >= 0) rank = slot / p.max_recv_tokens;
     }
   }
-  const uint32_t ranks = __reduce_or_sync(~0u, rank >= 0 ? 1u << rank : 0u);
+  const uint32_t ranks = __reduce_or_sync(~0u, rank >= 0 ? 1u << rank : 0u) & ~call.dead;
   return work.own_lines ? ranks : ranks & ~(1u << call.rank);
 }
 
@@ -347,7 +347,12 @@ __device__ inline bool ReceiveRows(const DispatchWork& work, const ArenaCall& ca
       const bool in_record = v < work.cut.groups && first_line + v * kGroupLines + LineInGroup() < work.lines.record;
       place[v] = in_record ? record + v * kGroupBytes + threadIdx.x % 32 * 16 : nullptr;
     }
-    if (!ReceiveLines(call, place, bits, [&](int) { return source; }, static_cast<int>(token))) return false;
+    if (!call.Reaches(source)) {  // in a routing from before the mask: its rows are zero
+#pragma unroll
+      for (int v = 0; v < kMaxGroups; ++v) bits[v] = uint4{};
+    } else if (!ReceiveLines(call, place, bits, [&](int) { return source; }, static_cast<int>(token))) {
+      return false;
+    }
     StorePiece(work, here, row, first_line, bits);
   }
   return true;

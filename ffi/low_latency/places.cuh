@@ -85,7 +85,9 @@ __device__ inline bool SendTable(const DispatchWork& work, const ArenaCall& call
   const int num_choices = p.num_tokens * p.num_topk;
   bool ready = false;
   for (int i = blockIdx.x + gridDim.x * ReceiverWarp(); i < num_groups * num_peers; i += gridDim.x * kReceivers) {
-    const int line = i / num_peers * kGroupLines + LineInGroup();
+    const int line = i / num_peers * kGroupLines + LineInGroup(),
+              peer = (call.rank + 1 + i % num_peers) % call.num_ranks;
+    if (!call.Reaches(peer)) continue;
     const int begin = line * kLineChoices + static_cast<int>(threadIdx.x % 8) * 8;
     uint32_t words[4];
 #pragma unroll
@@ -98,7 +100,6 @@ __device__ inline bool SendTable(const DispatchWork& work, const ArenaCall& call
     uint4 bits[1] = {make_uint4(words[0], words[1], words[2], words[3])};
     SetEpoch(call, bits);
     if (!ready && !(ready = AwaitReuse(call))) return false;
-    const int peer = (call.rank + 1 + i % num_peers) % call.num_ranks;
     char* const table = call.Lines(peer, call.rank, work.lines.SourceBytes(p.num_tokens));
     if (line < work.lines.table) StoreLine(table + line * kLineBytes + threadIdx.x % 8 * 16, bits[0]);
   }
@@ -112,9 +113,14 @@ __device__ inline bool ReceiveTables(const DispatchWork& work, const ArenaCall& 
   for (int i = ReceiverThread(); i < num_choices; i += kReceiverThreads) {
     places.here[static_cast<int64_t>(call.rank) * num_choices + i] = LoadExpert(p, i);
   }
+  for (uint32_t rest = call.dead; rest != 0; rest &= rest - 1) {
+    int32_t* const experts = places.here + static_cast<int64_t>(__ffs(rest) - 1) * num_choices;
+    for (int i = ReceiverThread(); i < num_choices; i += kReceiverThreads) experts[i] = -1;
+  }
   const int num_pieces = static_cast<int>(DivideUp(work.lines.table, kMaxGroups * kGroupLines));
   for (int i = ReceiverWarp(); i < num_pieces * num_peers; i += kReceivers) {
     const int source = (call.rank + call.num_ranks - 1 - i % num_peers) % call.num_ranks;
+    if (!call.Reaches(source)) continue;
     const int first = i / num_peers * kMaxGroups * kGroupLines + LineInGroup();
     const char* const table = call.Lines(call.rank, source, work.lines.SourceBytes(p.num_tokens));
     const char* place[kMaxGroups];
@@ -261,13 +267,14 @@ __device__ inline void PlaceChoices(const DispatchWork& work, const ArenaCall& c
     __syncwarp();
     const int rank = expert >= 0 ? expert / num_local : -1;
     const int limit = p.layout == Layout::kBatched ? (expert % num_local + 1) * p.expert_capacity : p.max_recv_tokens;
-    if (row >= limit) row = -1;
+    if (row >= limit || (rank >= 0 && call.IsDead(rank))) row = -1;
     if (i >= part.end) continue;
     const int here = rank == call.rank ? row : -1;
     places.here[i] = here;
     if (turn % gridDim.x != blockIdx.x) continue;
     p.recv_slot[i] = here;
-    if (i / mine == call.rank) p.slot[i % mine] = row >= 0 ? rank * p.max_recv_tokens + row : -1;
+    const int no_row = rank >= 0 && call.IsDead(rank) ? kLost - rank : -1;
+    if (i / mine == call.rank) p.slot[i % mine] = row >= 0 ? rank * p.max_recv_tokens + row : no_row;
   }
 }
 
@@ -289,7 +296,8 @@ __device__ inline void PlaceTokens(const DispatchWork& work, const ArenaCall& ca
     for (int rank = 0; rank < call.num_ranks; ++rank) {
       const uint32_t members = __ballot_sync(~0u, ranks >> rank & 1);
       const int row = next[rank] + __popc(members & ((1u << lane) - 1));
-      token_row[lane * call.num_ranks + rank] = (ranks >> rank & 1) != 0 && row < p.max_recv_tokens ? row : -1;
+      const bool holds = (ranks >> rank & 1) != 0 && row < p.max_recv_tokens && !call.IsDead(rank);
+      token_row[lane * call.num_ranks + rank] = holds ? row : -1;
       __syncwarp();
       if (lane == 0) next[rank] += __popc(members);
       __syncwarp();
@@ -304,7 +312,8 @@ __device__ inline void PlaceTokens(const DispatchWork& work, const ArenaCall& ca
       places.here[i] = here;
       if (!writes) continue;
       p.recv_slot[i] = here;
-      if (i / mine == call.rank) p.slot[i % mine] = row >= 0 ? rank * p.max_recv_tokens + row : -1;
+      const int no_row = rank >= 0 && call.IsDead(rank) ? kLost - rank : -1;
+      if (i / mine == call.rank) p.slot[i % mine] = row >= 0 ? rank * p.max_recv_tokens + row : no_row;
       if (row_here >= 0)
         p.recv_topk_idx[static_cast<int64_t>(row_here) * num_topk + i % num_topk] =
             rank == call.rank ? expert % num_local : -1;

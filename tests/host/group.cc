@@ -25,7 +25,10 @@ cudaError_t cudaGetLastError() { return cudaSuccess; }
 const char* cudaGetErrorString(cudaError_t) { return "an error"; }
 cudaError_t cudaDeviceEnablePeerAccess(int, unsigned int) { return cudaSuccess; }
 cudaError_t cudaDeviceCanAccessPeer(int* can, int, int) { return *can = 1, cudaSuccess; }
-cudaError_t cudaMalloc(void** memory, size_t bytes) { return *memory = std::calloc(bytes, 1), cudaSuccess; }
+cudaError_t cudaMalloc(void** memory, size_t bytes) {
+  bytes = (bytes + 255) / 256 * 256;
+  return *memory = std::memset(std::aligned_alloc(256, bytes), 0, bytes), cudaSuccess;
+}
 cudaError_t cudaHostAlloc(void** memory, size_t bytes, unsigned int) { return cudaMalloc(memory, bytes); }
 cudaError_t cudaMemset(void* memory, int value, size_t bytes) { return std::memset(memory, value, bytes), cudaSuccess; }
 cudaError_t cudaMemsetAsync(void* memory, int value, size_t bytes, cudaStream_t) {
@@ -47,17 +50,20 @@ namespace jax_ep {
 
 using Begun = std::vector<std::pair<int, uint64_t>>;  // rank, generation
 Begun g_begun;
-int g_ledgers = 0;  // of the last launch
+int g_ledgers = 0;    // of the last launch
+uint32_t g_dead = 0;  // likewise
 
 cudaError_t LoadDispatch() { return cudaSuccess; }
 cudaError_t LoadCombine() { return cudaSuccess; }
 cudaError_t LoadBarrier() { return cudaSuccess; }
 cudaError_t LoadLowLatencyDispatch() { return cudaSuccess; }
 cudaError_t LoadLowLatencyCombine() { return cudaSuccess; }
-cudaError_t LaunchBeginGeneration(const Ledgers& ledgers, uint64_t generation, cudaStream_t) {
+cudaError_t LaunchBeginGeneration(const Ledgers& ledgers, uint64_t generation, uint32_t dead, cudaStream_t) {
   g_ledgers = ledgers.count;
+  g_dead = dead;
   for (const GroupView* view : g_views) {
-    if (view->window[view->rank] == ledgers.ledger[0]) return g_begun.push_back({view->rank, generation}), cudaSuccess;
+    if (view == ledgers.view && view->window[view->rank] == ledgers.ledger[0])
+      return g_begun.push_back({view->rank, generation}), cudaSuccess;
   }
   return cudaErrorInvalidValue;
 }
@@ -94,6 +100,7 @@ void OneProcess() {
   Fail(group, 1, 0, 0);
   const std::string told = group.Enter(0, 2, nullptr);
   EXPECT(Has(told, "combine: rank 1 waited for rank 0 in phase rows") && !Has(told, "process"));
+  EXPECT(Has(told, "(rank 0 is device 11)"));
   EXPECT(group.Enter(1, 2, nullptr) == told);  // the same run
   EXPECT(TakeBegun().empty());
   // A generation begins in the arenas too, and in one made later with its number.
@@ -177,6 +184,41 @@ void SeveralProcesses() {
   EXPECT(TakeBegun() == Begun{{0, 7}});
 }
 
+// Masks change between runs, each rank in its own time, and are there for groups made later.
+void Masks() {
+  Group& group = Group::OfDevices({11, 10});
+  Group::SetDead({10, 77});
+  EXPECT(Group::IsDead(10) && Group::IsDead(77) && !Group::IsDead(11));
+  // A run that rank 0 has entered goes on as it was on rank 1; the next is masked on both, whoever comes first.
+  EXPECT(group.Enter(1, 4, nullptr).empty() && TakeBegun().empty());
+  EXPECT(group.Enter(1, 5, nullptr).empty() && TakeBegun() == Begun{{1, 2}} && g_dead == 2);
+  EXPECT(group.Enter(0, 4, nullptr).empty() && TakeBegun().empty());
+  EXPECT(group.Enter(0, 5, nullptr).empty() && TakeBegun() == Begun{{0, 2}} && g_dead == 2);
+  EXPECT(group.Enter(0, 6, nullptr).empty() && group.Enter(1, 6, nullptr).empty() && TakeBegun().empty());
+  Group::SetDead({10});  // for this group nothing new
+  EXPECT(group.Enter(0, 7, nullptr).empty() && group.Enter(1, 7, nullptr).empty() && TakeBegun().empty());
+  EXPECT(Group::OfDevices({10}).view(0)->membership == 1);
+  EXPECT(group.view(0)->membership == 0);  // the kernels write it
+
+  // After a failure: its run is refused, the next begins anew and masked.
+  Group::SetDead({11});
+  Fail(group, 1, 0, 2);
+  EXPECT(Has(group.Enter(1, 8, nullptr), "waited for rank 0") && Has(group.Enter(0, 8, nullptr), "waited for rank 0"));
+  EXPECT(group.Enter(0, 9, nullptr).empty() && group.Enter(1, 9, nullptr).empty());
+  EXPECT(TakeBegun() == Begun{{0, 4}, {1, 4}} && g_dead == 1);
+
+  Group& spanning = Group::OfDevices({10, 12, 11});  // 11 is dead now, 10 was when it was made or not at all
+  EXPECT(Group::HasFailedSpanning());
+  Group::Resume(20);
+  EXPECT(!Group::HasFailedSpanning() && spanning.Enter(0, 9, nullptr).empty());
+  EXPECT(TakeBegun() == Begun{{0, 20}} && g_dead == 4);
+  Group::SetDead({});
+  EXPECT(Group::HasFailedSpanning() && spanning.Enter(0, 10, nullptr).empty() && TakeBegun().empty());
+  Group::Resume(21);
+  EXPECT(spanning.Enter(0, 11, nullptr).empty() && TakeBegun() == Begun{{0, 21}} && g_dead == 0);
+  EXPECT(group.Enter(0, 11, nullptr).empty() && TakeBegun() == Begun{{0, 5}} && g_dead == 0);
+}
+
 void Unknown() {
   EXPECT(Group::DeviceOf(0) == 10 && Group::DeviceOf(1) == 11);
   try {
@@ -196,6 +238,7 @@ int main() {
   Group::SetOrdinals({{10, 0}, {11, 1}});
   OneProcess();
   SeveralProcesses();
+  Masks();
   Unknown();
   Group::SetTimeout(1.5);
   EXPECT(Group::OfDevices({11, 12, 10}).view(0)->timeout_ns == 1'500'000'000);
