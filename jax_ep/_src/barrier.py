@@ -22,7 +22,8 @@ def barrier(axis_name: str | tuple[str, ...]) -> jax.Array:
 
     Returns:
       s32[1], the number of ranks that came: all that are not masked (`jax_ep.config.dead_devices`). On GPUs the call is made
-      even if nothing uses that; elsewhere XLA keeps only what is used. `x, came = jax.lax.optimization_barrier((x, came))` puts later work behind it, if `came` is used too.
+      even if nothing uses that; elsewhere XLA keeps only what is used.
+      `x, came = jax.lax.optimization_barrier((x, came))` puts later work behind it, if `came` is used too.
 
     Raises:
       NameError: the axis is not bound.

@@ -98,11 +98,15 @@ struct Ranks {
   void Launch(F launch) {
     std::vector<std::thread> threads;
     ++run;
+    // All enter first: a call that fails at once on one rank would else be refused on those that enter later.
+    for (size_t i = 0; i < device.size(); ++i) {
+      CHECK_CUDA(cudaSetDevice(device[i]));
+      if (!IsAbsent(i)) CHECK_CUDA(Enter(i));
+    }
     for (size_t i = 0; i < device.size(); ++i) {
       if (IsAbsent(i)) continue;
       threads.emplace_back([&, i] {
         CHECK_CUDA(cudaSetDevice(device[i]));
-        CHECK_CUDA(Enter(i));
         CHECK_CUDA(launch(static_cast<int>(i), stream[i]));
       });
     }
