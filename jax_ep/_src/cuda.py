@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend.mlir.dialects import stablehlo
 
-from jax_ep._src import compat, group, logfmt, primitives, quantized, reference, targets, tuning
+from jax_ep._src import compat, group, logfmt, membership, primitives, quantized, reference, targets, tuning
 from jax_ep._src.handle import LAYOUTS, Routing
 
 Rule = Callable[..., Any]
@@ -124,8 +124,11 @@ def _int64(**attributes: int) -> dict[str, Any]:
     return {name: np.int64(value) for name, value in attributes.items()}
 
 
-def _reference(meaning: Rule) -> Rule:
-    return compat.mlir.lower_fun(meaning, multiple_results=True)
+_reference = membership.lowering
+
+
+def _composed(of_primitives: Rule) -> Rule:
+    return compat.mlir.lower_fun(of_primitives, multiple_results=True)
 
 
 def _groups(ctx: Any, routing: Routing) -> group.Groups | None:
@@ -188,7 +191,7 @@ def _dispatch(ctx: Any, *operands: Any, routing: Routing, num_rows: int, has_wei
         if encoded is not None:
             return encoded
         # encoded by XLA, then sent as values and scales
-        return _reference(_encode_and_dispatch)(
+        return _composed(_encode_and_dispatch)(
             ctx, *operands, routing=routing, num_rows=num_rows, has_weights=has_weights, wire=wire
         )
     rows = ctx.avals_in[:num_rows]
@@ -376,7 +379,7 @@ def _combine(ctx: Any, *operands: Any, routing: Routing, num_rows: int, has_weig
     if devices is None or (wire is not None and (num_rows != 1 or has_weights)):
         return _reference(reference.combine)(ctx, *operands, **static)
     called = _call_combine(ctx, operands, routing, devices, num_rows == 1, False, has_weights, wire)
-    return _reference(encode_and_combine)(ctx, *operands, **static) if called is None else called
+    return _composed(encode_and_combine)(ctx, *operands, **static) if called is None else called
 
 
 def _combine_weighted(ctx: Any, *operands: Any, routing: Routing, wire: str | None) -> Any:
@@ -385,7 +388,7 @@ def _combine_weighted(ctx: Any, *operands: Any, routing: Routing, wire: str | No
         return _reference(reference.combine_weighted)(ctx, *operands, routing=routing, wire=wire)
     called = _call_combine(ctx, operands, routing, devices, True, True, False, wire)
     static = {"routing": routing, "num_rows": 1, "has_weights": True, "wire": wire}
-    return _reference(encode_and_combine)(ctx, *operands, **static) if called is None else called
+    return _composed(encode_and_combine)(ctx, *operands, **static) if called is None else called
 
 
 COMBINE_STARTS = (targets.LOW_LATENCY_COMBINE_START, targets.COMBINE_START)
