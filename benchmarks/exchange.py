@@ -58,7 +58,7 @@ def crossing_bytes(setting: Setting, operation: str, wire: str | None) -> list[n
         return [out, back, back.T, back]
     if operation in ("pair", "cached_pair", "moe"):
         return [out, back]
-    return [out] if operation.startswith("dispatch") else [back]
+    return [out] if operation.startswith("dispatch") or operation == "combine_backward" else [back]
 
 
 def row(

@@ -144,6 +144,13 @@ DispatchParams Cached(DispatchParams d) {
   return d;
 }
 
+// The cotangents travel from where a dispatch's rows do.
+CombineGradParams Backward(const Arrays& of, const float* weights) {
+  CombineGradParams g = of.grad;
+  g.out_bar = of.dispatch.rows[0].x, g.y = of.combine.y, g.weights = weights;
+  return g;
+}
+
 CombineParams Weighted(CombineParams b, const float* weights) {
   b.weights = weights;
   return b;
@@ -163,6 +170,10 @@ std::map<std::string, Call> HighThroughput(const Case& c, const std::vector<Arra
       {"combine_weighted",
        [=, &arrays, &gates](int r, cudaStream_t s) {
          return LaunchCombine(Weighted(arrays[r].combine, gates[r]), back, s);
+       }},
+      {"combine_grad",
+       [=, &arrays, &gates](int r, cudaStream_t s) {
+         return LaunchCombineGrad(Backward(arrays[r], gates[r]), back, s);
        }},
   };
 }
@@ -213,7 +224,7 @@ std::string Measure(const Request& request) {
   const auto asked = [&](const char* name) {
     return std::find(request.operations.begin(), request.operations.end(), name) != request.operations.end();
   };
-  const bool combines = asked("combine") || asked("combine_weighted");
+  const bool combines = asked("combine") || asked("combine_weighted") || asked("combine_grad");
   for (int r = 0; r < R; ++r) {
     std::vector<int32_t> topk_idx(c.choices());
     file.read(reinterpret_cast<char*>(topk_idx.data()), topk_idx.size() * sizeof(int32_t));

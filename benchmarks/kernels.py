@@ -28,7 +28,7 @@ Row = dict[str, Any]
 
 MODEL_CASES = {case.name.split("/")[0]: case for case in MODELS}
 LAYOUTS = ("rank", "expert", "batched")
-OPERATIONS = ("dispatch", "dispatch_cached", "combine", "combine_weighted")
+OPERATIONS = ("dispatch", "dispatch_cached", "combine", "combine_weighted", "combine_grad")
 TOKENS = (1, 8, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
 SMS = (4, 8, 12, 16, 20, 24, 32, 64)
 QUICK = {"tokens": (1, 128, 1024, 8192), "sms": (12, 64)}
@@ -66,10 +66,12 @@ class Point:
         return rows, traffic.row_bytes(self.case, self.wire) - rows
 
     def operations(self, asked: Sequence[str]) -> list[str]:
-        """Those that differ at this point: the way back has no wire, rows of "rank" no gates."""
-        none = (
-            {"combine", "combine_weighted"} if self.wire else {"combine_weighted"} if self.layout == "rank" else set()
-        )
+        """Those that differ at this point: the way back has no wire, rows of "rank" no gates, low latency no combine_grad."""
+        none = {"combine", "combine_weighted", "combine_grad"} if self.wire else set()
+        if self.layout == "rank":
+            none |= {"combine_weighted", "combine_grad"}
+        if self.mode == "low_latency":
+            none.add("combine_grad")
         return [name for name in asked if name not in none]
 
 
@@ -166,7 +168,7 @@ def row(
     crossing: np.ndarray | None, gigabytes: dict[tuple[int, int], float],
 ) -> Row:  # fmt: skip
     """What is recorded of a point's operation."""
-    case, goes_out = point.case, operation.startswith("dispatch")
+    case, goes_out = point.case, operation.startswith("dispatch") or operation == "combine_grad"
     row_bytes = traffic.row_bytes(case, point.wire if goes_out else None)
     ceiling = ceiling_of(point, gigabytes, row_bytes)
     moved = None if crossing is None else (crossing if goes_out else crossing.T).astype(np.float64) * row_bytes

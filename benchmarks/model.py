@@ -161,7 +161,7 @@ def fits(row: Row) -> bool:
     """The model speaks of whole kernels of one node, on GPUs of their own, with the ceiling of the same run."""
     return bool(
         row["level"] == "kernel" and row["error"] is None and row["gpus"] == row["ranks"] > 1 and row["us"] and row["sms"]
-        and row["mode"] == "high_throughput"
+        and row["mode"] == "high_throughput" and row["operation"] != "combine_grad"
     )  # fmt: skip
 
 

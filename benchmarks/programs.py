@@ -27,6 +27,7 @@ OPERATIONS = (
     "dispatch_cached",
     "combine",
     "combine_weighted",
+    "combine_backward",
     "pair",
     "cached_pair",
     "moe",
@@ -197,6 +198,16 @@ def jax_ep_programs(
             token = first(jax_ep.combine(y, after_handle(token, handle), *gates))
         return token[None]
 
+    def backwards(y: jax.Array, handle: jax_ep.Handle, gates: jax.Array, out_bar: jax.Array) -> jax.Array:
+        """Of a weighted combine alone: its result is not asked for."""
+        token = None
+        for _ in range(setting.calls):
+            after_this = after_handle(token, handle)
+            _, pull = jax.vjp(lambda y, gates, h=after_this: jax_ep.combine(y, h, gates), y, gates)
+            y_bar, gates_bar = pull(out_bar)
+            token = first(y_bar) + first(gates_bar)
+        return token[None]
+
     def pairs(x: jax.Array, weights: jax.Array, routings: Sequence[jax.Array]) -> jax.Array:
         for topk_idx in routings:
             recv, handle = dispatch(x, weights, topk_idx)
@@ -216,7 +227,7 @@ def jax_ep_programs(
     asked = [name for name in operations if name not in absent(case.layout, wire)]
     if "dispatch" in asked:
         yield "dispatch", setting.on_every_rank(dispatches), (x, weights, routings)
-    if {"dispatch_cached", "combine", "combine_weighted", "cached_pair"} & set(asked):
+    if {"dispatch_cached", "combine", "combine_weighted", "combine_backward", "cached_pair"} & set(asked):
         one = setting.on_every_rank(dispatch)
         recv, handle = timing.compiled(one, x, weights, routings[0])(x, weights, routings[0])
         gates = recv.weights
@@ -230,6 +241,8 @@ def jax_ep_programs(
             yield "combine", setting.on_every_rank(combines), (y, handle)
         if "combine_weighted" in asked:
             yield "combine_weighted", setting.on_every_rank(combines), (y, handle, gates)
+        if "combine_backward" in asked:
+            yield "combine_backward", setting.on_every_rank(backwards), (y, handle, gates, x)
         del y, handle, gates
     if "pair" in asked:
         yield "pair", setting.on_every_rank(pairs), (x, weights, routings)
@@ -241,9 +254,9 @@ def jax_ep_programs(
 
 def absent(layout: str, wire: str | None) -> set[str]:
     """Operations that a layout or a wire format lacks."""
-    lacking = {"combine_weighted", "moe", "moe_gradient"} if layout == "rank" else set()
+    lacking = {"combine_weighted", "combine_backward", "moe", "moe_gradient"} if layout == "rank" else set()
     if wire is not None:  # rows already in a format would travel, or the same as without it
-        lacking |= {"dispatch_cached", "cached_pair", "combine", "combine_weighted"}
+        lacking |= {"dispatch_cached", "cached_pair", "combine", "combine_weighted", "combine_backward"}
     return lacking
 
 

@@ -15,7 +15,9 @@ RESULTS = Path(__file__).resolve().parent / "results"
 
 KEYS = (
     "case",  # of tests/cases.py, or its model where `tokens` is another number
-    "operation",  # dispatch, dispatch_cached, combine, combine_weighted, pair (both), cached_pair, moe, moe_gradient, or halves: overlap.py
+    # dispatch, dispatch_cached, combine, combine_weighted, combine_grad (its kernel) or combine_backward, pair (both),
+    # cached_pair, moe, moe_gradient; or halves: overlap.py
+    "operation",
     "level",  # kernel: without XLA; jit: one of many chained in one program; program: one a program, with JAX's own dispatch
     "by",  # jax_ep, or the baseline that does the same job: see baselines.py
     "layout",  # of the case; null for a baseline

@@ -18,6 +18,7 @@ extern "C" XLA_FFI_Error* JaxEpBeginRun(XLA_FFI_CallFrame*);
 extern "C" XLA_FFI_Error* JaxEpCombine(XLA_FFI_CallFrame*);
 extern "C" XLA_FFI_Error* JaxEpCombineDone(XLA_FFI_CallFrame*);
 extern "C" XLA_FFI_Error* JaxEpCombineStart(XLA_FFI_CallFrame*);
+extern "C" XLA_FFI_Error* JaxEpCombineGrad(XLA_FFI_CallFrame*);
 extern "C" XLA_FFI_Error* JaxEpDispatch(XLA_FFI_CallFrame*);
 extern "C" XLA_FFI_Error* JaxEpDispatchCached(XLA_FFI_CallFrame*);
 extern "C" XLA_FFI_Error* JaxEpDispatchDone(XLA_FFI_CallFrame*);
@@ -52,6 +53,7 @@ nb::dict Handlers() {
   add("jax_ep_combine", JaxEpCombine);
   add("jax_ep_combine_done", JaxEpCombineDone);
   add("jax_ep_combine_start", JaxEpCombineStart);
+  add("jax_ep_combine_grad", JaxEpCombineGrad);
   add("jax_ep_dispatch", JaxEpDispatch);
   add("jax_ep_dispatch_cached", JaxEpDispatchCached);
   add("jax_ep_dispatch_done", JaxEpDispatchDone);

@@ -231,6 +231,38 @@ def combine(routing, y, gates=None, wire=lambda partial: partial):
     return out
 
 
+def combine_grad(routing, out_bar, y, gates):
+    """out_bar[R, T, H], y[R, C, H], gates f32[R, C] -> the cotangents of y and of the gates of a weighted combine, bitwise; zeros
+    for rows of no token.
+    """
+    y_bar, gates_bar = np.zeros_like(y), np.zeros(gates.shape, np.float32)
+    for dest, row, source, token, _ in placed(routing):
+        y_bar[dest, row] = (gates[dest, row] * out_bar[source, token].astype(np.float32)).astype(y.dtype)
+        gates_bar[dest, row] = inner_product(y[dest, row], out_bar[source, token])
+    return y_bar, gates_bar
+
+
+def inner_product(a, b):
+    """Of two rows, in f32: chunk by chunk of 4 vectors of 16 bytes for each of 32 lanes; a lane adds its vectors, then their
+    elements by halves, then to what it has; at last the lanes are added by halves.
+    """
+    elements = 16 // a.dtype.itemsize
+    chunk = 4 * 32 * elements
+    products = np.zeros(-(-len(a) // chunk) * chunk, np.float32)
+    products[: len(a)] = a.astype(np.float32) * b.astype(np.float32)
+    lanes = np.zeros(32, np.float32)
+    for first, second, third, fourth in products.reshape(-1, 4, 32, elements):
+        lanes = lanes + halved(first + second + third + fourth)
+    return halved(lanes)
+
+
+def halved(x):
+    """The sum over the last axis: its first half plus its second, and so on."""
+    while x.shape[-1] > 1:
+        x = x[..., : x.shape[-1] // 2] + x[..., x.shape[-1] // 2 :]
+    return x[..., 0]
+
+
 def combine_by_definition(topk_idx, expert_rows, weights=None):
     """sum_k weights[t, k] * expert_rows[t, k], in f64, where the choice is valid: no slots, no layout. A second look at `combine`."""
     valid = topk_idx >= 0

@@ -116,7 +116,8 @@ def test_a_layer_is_one_dispatch_and_one_combine_and_nothing_else_on_the_link(me
 def test_scan_and_grad_launch_each_call_once(mesh, layout, options):
     """XLA 0.11.2 launched a dispatch twice whose rows are a residual of scan; a barrier keeps it from that."""
     compiled = compile_for_gpus(mesh, gradient(network(mesh, layout=layout)), options)
-    assert launches(compiled) == ["dispatch", "combine", "dispatch_cached", "combine"]
+    back = "dispatch_cached" if layout == "rank" else "combine_grad"
+    assert launches(compiled) == ["dispatch", "combine", back, "combine"]
     assert set(collectives(compiled)) <= {"all-reduce"}  # of the replicated parameters' gradients
 
 
@@ -124,13 +125,13 @@ def test_remat_repeats_the_dispatch_unless_the_policy_saves_it(mesh):
     names = ("jax_ep_dispatch", "jax_ep_handle")
     everything = compile_for_gpus(mesh, gradient(network(mesh, remat=jax.checkpoint_policies.nothing_saveable)))
     saved = compile_for_gpus(mesh, gradient(network(mesh, remat=jax.checkpoint_policies.save_only_these_names(*names))))
-    assert launches(everything) == ["dispatch", "combine", "dispatch", "dispatch_cached", "combine"]
-    assert launches(saved) == ["dispatch", "combine", "dispatch_cached", "combine"]
+    assert launches(everything) == ["dispatch", "combine", "dispatch", "combine_grad", "combine"]
+    assert launches(saved) == ["dispatch", "combine", "combine_grad", "combine"]
 
 
 def test_a_wire_format_sends_values_and_scales_in_one_call(mesh):
     compiled = compile_for_gpus(mesh, gradient(network(mesh, wire="fp8")))
-    assert launches(compiled) == ["dispatch", "combine", "dispatch_cached", "combine"]
+    assert launches(compiled) == ["dispatch", "combine", "combine_grad", "combine"]
     (dispatch,) = re.findall(r"= \((.*?)\) custom-call.*jax_ep_dispatch\"", compiled.as_text())
     assert f"f8e4m3fn[{5 * T},{H}]" in dispatch and f"f32[{5 * T},{H // 128}]" in dispatch
 

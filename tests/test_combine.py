@@ -1,8 +1,10 @@
 """combine: bitwise the oracle's sums in every dtype and layout; rows that hold nothing are never read into a sum."""
 
+import dataclasses
 import functools
 
 import hypothesis
+import jax
 import jax.numpy as jnp
 import numpy as np
 import oracle
@@ -95,6 +97,32 @@ def test_order_and_rounding_of_the_sums_in_every_dtype(name, dtype):
     if full.layout != "rank":
         gate = np.asarray(recv.weights).reshape(full.num_ranks, -1)
         assert_same_bits(combined(full, True)(y, handle, recv.weights), oracle.combine(routing, by_row(full, y), gate))
+
+
+@pytest.mark.parametrize("name", ["expert-tight-aligned", "expert-three-ranks", "batched-tight"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+def test_the_cotangents_of_rows_and_gates_are_the_oracles_to_the_bit(name, dtype):
+    """Rows of more than one chunk of the inner products, the last not full; rows and gates of no token are NaN, their cotangents zero."""
+    full = dataclasses.replace(case(name), hidden=1384)
+    idx = draw_topk_idx(full, "invalid")
+    recv, handle = routed(full)(idx, normal(0, *idx.shape))
+    routing = expect(full, handle, idx, stamped(*idx.shape, dtype="float32"), None).routing
+    rng = np.random.default_rng(0)
+
+    def make(*shape):
+        return (rng.normal(size=shape) * 2.0 ** rng.integers(-6, 6, shape)).astype(jnp.dtype(dtype))
+
+    y, out_bar = rows_for(recv, handle, full, make), make(full.num_ranks, full.num_tokens, full.hidden)
+    gates = np.where(recv.weights == 0, np.float32(np.nan), recv.weights)
+
+    def pull(y, handle, gates, out_bar):
+        return jax.vjp(lambda y, gates: jax_ep.combine(y, handle, gates), y, gates)[1](out_bar)
+
+    y_bar, gates_bar = on_every_rank(full, pull)(y, handle, gates, out_bar)
+    flat = gates.reshape(full.num_ranks, -1)
+    expected = oracle.combine_grad(routing, out_bar, np.nan_to_num(by_row(full, y)), np.nan_to_num(flat))
+    assert_same_bits(by_row(full, np.asarray(y_bar)), expected[0], "rows")
+    assert_same_bits(np.asarray(gates_bar).reshape(flat.shape), expected[1], "gates")
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

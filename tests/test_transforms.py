@@ -482,6 +482,34 @@ def test_vmap_over_handles():
     close(shared, xs[:1] * times, 1e-6)
 
 
+@pytest.mark.parametrize("layout", ["expert", "batched"])
+def test_the_backward_of_a_weighted_combine_is_one_call(layout):
+    """Under vmap over the rows too; there each row's inner product is its own."""
+    c = case(layout)
+    idx = draw_topk_idx(c, "any")
+    recv, _ = on_every_rank(c, functools.partial(dispatch, c))(
+        normal(0, *idx.shape[:2], c.hidden), idx, normal(1, *idx.shape)
+    )
+    gates, ys = normal(2, *recv.weights.shape), normal(3, 3, *recv.x.shape)
+    cts = normal(4, 3, *idx.shape[:2], c.hidden)
+
+    def pull(y, gates, ct, idx):
+        _, handle = dispatch(c, ct, idx)
+        return jax.vjp(lambda y, gates: jax_ep.combine(y, handle, gates), y, gates)[1](ct)
+
+    def pull_all(ys, gates, cts, idx):
+        return jax.vmap(pull, in_axes=(0, None, 0, None))(ys, gates, cts, idx)
+
+    one, many = on_every_rank(c, pull), on_every_rank(c, pull_all)
+    each = [one(y, gates, ct, idx) for y, ct in zip(ys, cts, strict=True)]
+    together = many(ys.swapaxes(0, 1), gates, cts.swapaxes(0, 1), idx)
+    assert_same_tree(together, tuple(np.stack(parts, axis=1) for parts in zip(*each, strict=True)))
+    jaxpr = jax.make_jaxpr(sharded(c, pull))(*merge_ranks((ys[0], gates, cts[0], idx)))
+    assert count(jaxpr, "jax_ep_combine_grad") == 1 and count(jaxpr, "jax_ep_dispatch_cached") == 0
+    jaxpr = jax.make_jaxpr(sharded(c, pull_all))(*merge_ranks((ys.swapaxes(0, 1), gates, cts.swapaxes(0, 1), idx)))
+    assert count(jaxpr, "jax_ep_dispatch_cached") == 1
+
+
 # ---- jit, eager, scan, remat -----------------------------------------------------------------------------------------
 
 
@@ -795,7 +823,7 @@ def test_export_and_back_with_gradients(layout):
     checks = [
         jax.export.DisabledSafetyCheck.custom_call(f"jax_ep_{mode}{name}")
         for mode in ("", "low_latency_")
-        for name in ("notify", "dispatch", "dispatch_cached", "combine", "combine_weighted")
+        for name in ("notify", "dispatch", "dispatch_cached", "combine", "combine_weighted", "combine_grad")
     ]
     exported = jax.export.export(f, disabled_checks=checks)(*avals(c, args))
     loaded = jax.export.deserialize(exported.serialize(vjp_order=1))

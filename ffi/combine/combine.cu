@@ -4,167 +4,233 @@
 //   all but last  worker      peers' progress (sums only)    shared.next, its place in the block's list of items
 //   last          publisher   shared.next of all workers     progress in every rank's window; then leaves
 //
-// Block b has the tokens b, b + B, ... of every rank, one a step. A step is a list of items, a row or a part of it
-// each: first the sums to push to the peers, then the sum of this rank's own token of `lag` steps before, for which the
-// peers have pushed meanwhile.
+// items.cuh has the list of items, sum.cuh the adding.
 #include <algorithm>
 
 #include "combine/combine.h"
+#include "combine/items.cuh"
 #include "combine/sum.cuh"
 #include "device/wait.cuh"
-#include "device/warp.cuh"
 
 namespace jax_ep {
 namespace {
 
-constexpr int kWorkers = 15, kThreads = 32 * (kWorkers + 1), kLag = 2;
+constexpr int kThreads = 32 * (kWorkers + 1);
+constexpr int kWide = 4;  // vectors that a lane has of a piece; one where rows are shorter than such a piece
 
-enum Address { kY, kScratch, kCarried };
+enum Address { kY, kScratch, kCarried, kNumCombineAddresses };
 
+template <int V>
 struct CombineShared {
-  uint64_t address[kMaxRanks][kNumAddresses];
+  SumShared<V> worker[kWorkers];
+  uint64_t address[kMaxRanks][kNumCombineAddresses];
   uint32_t next[kWorkers];
 };
 
-// The list of items of a block: num_steps + lag steps of items_per_step items.
-struct Steps {
-  int num_steps, num_groups, items_per_step, num_pushes, lag;
-  int64_t group_bytes;
+// One worker's way through its items.
+template <class T, bool kWeighted, int V>
+struct Worker {
+  using Pipe = SumPipe<T, kWeighted, V>;
 
-  __device__ Steps(const CombineParams& p, int num_ranks) {
-    constexpr int kLeast = 2048;
-    const int num_blocks = gridDim.x, block = blockIdx.x;
-    num_steps = (p.num_tokens - block + num_blocks - 1) / num_blocks;
-    // Whole rows, unless there are too few of them to keep the workers busy.
-    const int64_t most = max((p.row_bytes + kLeast - 1) / kLeast, int64_t{1}), num_rows = max(num_steps, 1) * num_ranks;
-    num_groups = static_cast<int>(min((4 * kWorkers + num_rows - 1) / num_rows, most));
-    group_bytes = ((p.row_bytes + num_groups - 1) / num_groups + 511) / 512 * 512;
-    num_pushes = p.one_row_a_rank || num_ranks == 1 ? 0 : num_ranks * num_groups;
-    items_per_step = num_pushes + num_groups;
-    // A few times what the workers are busy with: ranks do not run in step, and a worker that waits pushes nothing.
-    lag = num_pushes > 0 ? kLag * kWorkers / items_per_step + 4 : 0;
-  }
-  __device__ uint32_t num_items() const {
-    return num_steps > 0 ? static_cast<uint32_t>(num_steps + lag) * items_per_step : 0;
-  }
-};
-
-// What an item is, and this lane's choice of its token (recv_slot of a source's token to push, slot of an own token to
-// sum) and the weight of the row that it names.
-struct Item {
-  bool push;
-  int step, group, source, choice;
-  int64_t token;  // -1: nothing to do
-  float weight;
-};
-
-__device__ __forceinline__ Item LoadItem(const CombineParams& p, const Call& call, const Steps& steps, uint32_t index) {
-  Item item;
-  const int lane = threadIdx.x % 32, step = index / steps.items_per_step, part = index % steps.items_per_step;
-  item.push = part < steps.num_pushes;
-  item.step = item.push ? step : step - steps.lag;
-  item.token = -1;
-  item.choice = -1;
-  item.weight = 1.f;
-  if (item.step < 0 || item.step >= steps.num_steps || index >= steps.num_items()) return item;
-  item.token = static_cast<int64_t>(item.step) * gridDim.x + blockIdx.x;
-  item.source = (call.rank + 1 + part % call.num_ranks) % call.num_ranks;
-  item.group = item.push ? part / call.num_ranks : part - steps.num_pushes;
-  const int32_t* choices =
-      item.push ? p.recv_slot + static_cast<int64_t>(item.source) * p.num_tokens * p.num_topk : p.slot;
-  if (lane < p.num_topk) item.choice = choices[item.token * p.num_topk + lane];
-  if (call.dead != 0) {  // masked ranks are sent nothing, and their rows are absent
-    if (item.push && !call.Reaches(item.source)) item.token = -1, item.choice = -1;
-    if (!item.push && item.choice >= 0 && !call.Reaches(item.choice / p.max_recv_tokens)) item.choice = -1;
-  }
-  return item;
-}
-
-// The row here that this lane's choice names, or -1.
-__device__ __forceinline__ int OwnRow(const CombineParams& p, const Call& call, const Item& item) {
-  if (item.push) return item.choice;
-  const int row = item.choice - call.rank * p.max_recv_tokens;
-  return item.choice >= 0 && row >= 0 && row < p.max_recv_tokens ? row : -1;
-}
-
-// A load of its own, asked for when the choice is there: one item ahead of its use, as choices are two.
-template <bool kWeighted>
-__device__ __forceinline__ void LoadWeight(const CombineParams& p, const Call& call, Item& item) {
-  const int row = kWeighted ? OwnRow(p, call, item) : -1;
-  item.weight = row >= 0 ? p.weights[row] : 1.f;
-}
-
-__device__ __forceinline__ Rows OwnRows(const CombineParams& p, int row, float weight, int64_t end) {
-  return {__ballot_sync(~0u, row >= 0), p.y + row * p.row_bytes, weight, end};
-}
-
-template <class T, bool kWeighted>
-__device__ void Work(const CombineParams& p, const Call& call, const Steps& steps, CombineShared& shared) {
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, capacity = p.max_recv_tokens;
-  const uint32_t num_items = steps.num_items();
-  uint32_t seen = 0;  // steps that rank `lane` has pushed to here
+  const CombineParams& p;
+  const Call& call;
+  const Steps& steps;
+  CombineShared<V>& shared;
+  const int warp, lane, row_bytes;
+  ItemList items;
+  uint32_t index;  // of `item`, which is being loaded or comes next
+  Item item, next, later;
   bool came = true;
-  Item next = LoadItem(p, call, steps, warp), later = LoadItem(p, call, steps, warp + kWorkers);
-  LoadWeight<kWeighted>(p, call, next);
-  for (uint32_t index = warp; index < num_items; index += kWorkers) {
-    const Item item = next;
-    next = later;
-    LoadWeight<kWeighted>(p, call, next);
-    later = LoadItem(p, call, steps, index + 2 * kWorkers);
-    const int64_t begin = item.group * steps.group_bytes, end = min(begin + steps.group_bytes, p.row_bytes);
-    Rows rows{0, nullptr, 1.f, end};
-    char* target = nullptr;
-    bool is_total = false;
-    const int slot = item.choice, owner = slot >= 0 && !item.push ? slot / capacity : -1, row = slot - owner * capacity;
-    if (item.token >= 0 && item.push) {
-      // This rank's own sum waits in the result itself, the peers' in the scratch of the token's rank.
-      const int place = call.rank < item.source ? call.rank : call.rank - 1;
-      char* const sums = item.source == call.rank ? p.out
-                                                  : reinterpret_cast<char*>(shared.address[item.source][kScratch]) +
-                                                        static_cast<int64_t>(place) * p.num_tokens * p.row_bytes;
-      rows = OwnRows(p, slot, item.weight, end);
-      target = sums + item.token * p.row_bytes;
-    } else if (item.token >= 0) {
-      target = p.out + item.token * p.row_bytes;
-      rows.holders = __reduce_or_sync(~0u, slot >= 0 ? 1u << owner : 0u);
-      const bool holds = rows.holders >> lane & 1;
-      is_total = call.num_ranks == 1;
-      if (p.one_row_a_rank) {
-        const int there = FirstRowOn(lane, owner, row, p.num_topk);
-        rows.pointer = holds ? reinterpret_cast<const char*>(shared.address[lane][kY]) + there * p.row_bytes : nullptr;
-      } else if (call.num_ranks == 1) {
-        rows = OwnRows(p, slot >= 0 ? row : -1, item.weight, end);
-      } else {
-        const uint32_t want = item.step + 1;
-        if (came && holds && seen < want) {
-          uint64_t value;
-          came = Await(call, &call.window->progress[lane][blockIdx.x], want, kRows, lane, blockIdx.x, &value);
-          seen = static_cast<uint32_t>(value) & kGone;
-        }
-        came = __all_sync(~0u, came);
-        __syncwarp();  // each lane acquired for all
-        const int64_t place = lane < call.rank ? lane : lane - 1;
-        rows.pointer = lane == call.rank ? target : p.scratch + (place * p.num_tokens + item.token) * p.row_bytes;
-        if (!came) target = nullptr;
-      }
-      if (item.group == 0 && p.carried_back != nullptr && lane < p.num_topk) {
-        const int64_t place = p.one_row_a_rank ? static_cast<int64_t>(row) * p.num_topk + lane : row;
-        p.carried_back[item.token * p.num_topk + lane] =
-            slot >= 0 ? __ldcg(reinterpret_cast<const float*>(shared.address[owner][kCarried]) + place) : 0.f;
-      }
-    }
-    if (target != nullptr && (rows.holders != 0 || !item.push)) {
-      SumOrClear<T, kWeighted>(rows, begin, target, is_total);
-    }
-    __syncwarp();
-    if (lane == 0) StoreReleaseShared(&shared.next[warp], index + kWorkers);
+  uint32_t seen = 0;  // steps that rank `lane` has pushed to here
+
+  __device__ __forceinline__ Worker(const CombineParams& p, const Call& call, const Steps& steps,
+                                    CombineShared<V>& shared)
+      : p(p),
+        call(call),
+        steps(steps),
+        shared(shared),
+        warp(threadIdx.x / 32),
+        lane(threadIdx.x % 32),
+        row_bytes(static_cast<int>(p.row_bytes)),
+        items(p, call, steps, warp),
+        index(warp) {
+    item = items.Next();
+    LoadWeight(item);
+    next = items.Next();
+    LoadWeight(next);
+    later = items.Next();
   }
-  __syncwarp();
-  if (lane == 0) StoreReleaseShared(&shared.next[warp], ~0u);
-}
+
+  // The row here that this lane's choice names, or -1.
+  __device__ __forceinline__ int OwnRow(const Item& of) const {
+    const int row = of.source == call.rank ? of.choice - call.rank * p.max_recv_tokens : of.choice;
+    return of.choice >= 0 && row >= 0 && row < p.max_recv_tokens ? row : -1;
+  }
+
+  // Asked for one item ahead of its use, when the choice is there, for which it was asked two ahead.
+  __device__ __forceinline__ void LoadWeight(Item& of) const {
+    const int row = kWeighted ? OwnRow(of) : -1;
+    if (row >= 0) of.weight = p.weights[row];
+  }
+
+  __device__ __forceinline__ void Advance() {
+    index += kWorkers;
+    item = next;
+    next = later;
+    LoadWeight(next);
+    later = items.Next();
+  }
+
+  // All items of this worker before item `index` are done.
+  __device__ __forceinline__ void Tell(uint32_t index) {
+    __syncwarp();
+    if (lane == 0) StoreReleaseShared(&shared.next[warp], index);
+  }
+
+  __device__ __forceinline__ void Run() {
+    const uint32_t num_items = steps.num_items();
+    while (true) {
+      Stream(num_items);
+      if (index >= num_items) break;
+      Tell(index);  // before waiting for peers, which may be waiting for these pushes
+      Await();
+    }
+    Tell(~0u);
+  }
+
+  // Adds items until there are none left or the next must wait for peers.
+  __device__ __forceinline__ void Stream(uint32_t num_items) {
+    Pipe pipe(shared.worker[warp], row_bytes);
+    bool taken = false;  // item `index`
+    while (true) {
+      // Small items may end while several are under way; what can be told is that none before `index` is.
+      if (pipe.Conclude() && pipe.NumPending() <= (taken ? 1 : 0)) Tell(index);
+      while (pipe.left <= 0) {
+        if (taken) Advance();
+        taken = index < num_items && IsReady();
+        if (taken) {
+          Begin(pipe);
+        } else if (pipe.NumPending() == 0) {
+          return WaitCopies<0>();  // the pipe's last loads were for nothing, but must not come later
+        } else {
+          break;
+        }
+      }
+      while (pipe.Step()) {
+      }
+    }
+  }
+
+  // Whether the item is to be added to sums that peers push.
+  __device__ __forceinline__ bool Waits() const {
+    return came && steps.num_pushes > 0 && item.token >= 0 && item.source == call.rank;
+  }
+  __device__ __forceinline__ uint32_t Wanted() const { return item.token / gridDim.x + 1; }
+  __device__ __forceinline__ bool IsMissing() const {
+    return call.Reaches(lane) && lane != call.rank && seen < Wanted();
+  }
+  __device__ __forceinline__ const uint64_t* Progress() const { return &call.window->progress[lane][blockIdx.x]; }
+
+  __device__ __forceinline__ bool IsReady() {
+    if (!Waits()) return true;
+    bool here = true;
+    if (IsMissing()) {
+      const uint64_t value = LoadAcquireSys(Progress());
+      here = Reached(call, value, Wanted());
+      if (here) seen = static_cast<uint32_t>(value) & kGone;
+    }
+    here = __all_sync(~0u, here);
+    __syncwarp();  // each lane acquired for all
+    return here;
+  }
+
+  __device__ __forceinline__ void Await() {
+    if (IsMissing()) came = jax_ep::Await(call, Progress(), Wanted(), kRows, lane, blockIdx.x);
+    came = __all_sync(~0u, came);
+  }
+
+  // Gives the pipe the terms of the item, if it has any.
+  __device__ __forceinline__ void Begin(Pipe& pipe) {
+    const int token = item.token, source = item.source;
+    if (token < 0) return;
+    const int begin = item.group * steps.group_bytes, end = min(begin + steps.group_bytes, row_bytes);
+    int count;
+    char* target;
+    __syncwarp();  // the terms of the item before have been read
+    if (source != call.rank) {
+      const int place = call.rank < source ? call.rank : call.rank - 1;
+      target = reinterpret_cast<char*>(shared.address[source][kScratch]) +
+               static_cast<int64_t>(place * p.num_tokens + token) * row_bytes;
+      count = row_bytes > 0 ? PutOwnTerms(kStore) : 0;
+    } else {
+      if (!came) return;
+      const int owner = item.choice >= 0 ? item.choice / p.max_recv_tokens : -1;
+      const int row = item.choice - owner * p.max_recv_tokens;
+      if (item.group == 0 && p.carried_back != nullptr && lane < p.num_topk) CarryBack(token, owner, row);
+      target = p.out + static_cast<int64_t>(token) * row_bytes;
+      count = row_bytes == 0 ? 0 : p.one_row_a_rank ? PutRowsOfRanks(owner, row) : PutSumsOfRanks(owner, token);
+      if (count == 0) {  // a token without rows sums to zero
+        for (int offset = begin + lane * 16; offset < end; offset += 512)
+          *reinterpret_cast<int4*>(target + offset) = {};
+      }
+    }
+    if (count > 0) pipe.Begin(shared.worker[warp], count, target, begin, end);
+  }
+
+  // Each of these puts terms of the item into their place and returns how many.
+
+  // The rows here that the lanes' choices name, in lane order; `then` follows the last.
+  __device__ __forceinline__ int PutOwnTerms(uint32_t then) {
+    const int row = OwnRow(item);
+    const uint32_t own = __ballot_sync(~0u, row >= 0), lower = own & ((1u << lane) - 1);
+    const int count = __popc(own), at = __popc(lower);
+    if (row >= 0) PutTerm(at, p.y + static_cast<int64_t>(row) * row_bytes, at == count - 1 ? then : 0);
+    return count;
+  }
+
+  // Layout "rank": each rank has one row of the token, named by all choices there.
+  __device__ __forceinline__ int PutRowsOfRanks(int owner, int row) {
+    const uint32_t holders = __reduce_or_sync(~0u, owner >= 0 ? 1u << owner : 0u);
+    const uint32_t same = __match_any_sync(~0u, owner);
+    if (owner >= 0 && (same & ((1u << lane) - 1)) == 0) {
+      const auto* y = reinterpret_cast<const char*>(shared.address[owner][kY]);
+      PutTerm(__popc(holders & ((1u << owner) - 1)), y + static_cast<int64_t>(row) * row_bytes,
+              kOfRank | (holders >> owner == 1 ? kStore : 0));
+    }
+    return __popc(holders);
+  }
+
+  // The other layouts: the rows here, whose sum is this rank's, and the sums that peers have pushed.
+  __device__ __forceinline__ int PutSumsOfRanks(int owner, int token) {
+    const uint32_t holders = __reduce_or_sync(~0u, owner >= 0 ? 1u << owner : 0u);
+    const uint32_t peers = holders & ~(1u << call.rank), before = peers & ((1u << call.rank) - 1);
+    // Two sums may be added in either order.
+    const bool sets_aside = before != 0 && (peers & (peers - 1)) != 0;
+    const int num_own = PutOwnTerms((sets_aside ? kSetAside : kRound) | (peers == 0 ? kStore : 0));
+    if (peers >> lane & 1) {
+      const int place = lane < call.rank ? lane : lane - 1;
+      uint32_t then = kOfRank | (peers >> lane == 1 ? kStore : 0);
+      if (sets_aside && num_own > 0 && before >> lane == 1) then |= kTakeBack;
+      PutTerm(num_own + __popc(peers & ((1u << lane) - 1)),
+              p.scratch + static_cast<int64_t>(place * p.num_tokens + token) * row_bytes, then);
+    }
+    return num_own + __popc(peers);
+  }
+
+  __device__ __forceinline__ void PutTerm(int at, const char* row, uint32_t then) {
+    shared.worker[warp].terms[at] = {row, item.weight, then};
+  }
+
+  __device__ __forceinline__ void CarryBack(int token, int owner, int row) {
+    const int64_t place = p.one_row_a_rank ? static_cast<int64_t>(row) * p.num_topk + lane : row;
+    p.carried_back[token * p.num_topk + lane] =
+        owner >= 0 ? __ldcg(reinterpret_cast<const float*>(shared.address[owner][kCarried]) + place) : 0.f;
+  }
+};
 
 // Carries the workers' progress into the windows of all ranks, then leaves the lane.
-__device__ void PublishSteps(const Call& call, const Steps& steps, CombineShared& shared, bool met) {
+template <int V>
+__device__ void PublishSteps(const Call& call, const Steps& steps, CombineShared<V>& shared, bool met) {
   const int lane = threadIdx.x % 32;
   uint32_t published = 0;
   const auto tell = [&](uint32_t state) {
@@ -188,11 +254,12 @@ __device__ void PublishSteps(const Call& call, const Steps& steps, CombineShared
   Leave(call, blockIdx.x, blockIdx.x);
 }
 
-template <class T, bool kWeighted>
+template <class T, bool kWeighted, int V>
 __global__ void __launch_bounds__(kThreads, 1) CombineKernel(const __grid_constant__ CombineParams p) {
-  __shared__ CombineShared shared;
+  extern __shared__ __align__(16) char dynamic[];
+  auto& shared = *reinterpret_cast<CombineShared<V>*>(dynamic);
   const Call call = BeginCall(p.group, kCombine);
-  const Steps steps(p, call.num_ranks);
+  const Steps steps(p, call.num_ranks, SumPipe<T, kWeighted, V>::kPieceBytes);
   if (threadIdx.x < kWorkers) shared.next[threadIdx.x] = threadIdx.x;
   if (p.refused && threadIdx.x == 0) Refuse(call);
   bool met = __syncthreads_and(!p.refused && !HasFailed(call) && !call.IsDead(call.rank));
@@ -214,7 +281,7 @@ __global__ void __launch_bounds__(kThreads, 1) CombineKernel(const __grid_consta
   }
   met = __syncthreads_and(met);
   if (threadIdx.x / 32 < kWorkers) {
-    if (met) Work<T, kWeighted>(p, call, steps, shared);
+    if (met) Worker<T, kWeighted, V>(p, call, steps, shared).Run();
   } else {
     PublishSteps(call, steps, shared, met);
   }
@@ -229,17 +296,26 @@ __global__ void __launch_bounds__(kThreads, 1) CombineKernel(const __grid_consta
   }
 }
 
-using Kernel = void (*)(CombineParams);
+struct Launch {
+  void (*kernel)(CombineParams);
+  int shared_bytes;
+};
 
-template <class T>
-Kernel KernelFor(bool weighted) {
-  return weighted ? CombineKernel<T, true> : CombineKernel<T, false>;
+template <class T, bool kWeighted>
+Launch LaunchFor(bool wide) {
+  if (wide) return {CombineKernel<T, kWeighted, kWide>, sizeof(CombineShared<kWide>)};
+  return {CombineKernel<T, kWeighted, 1>, sizeof(CombineShared<1>)};
 }
 
-Kernel KernelFor(RowDtype dtype, bool weighted) {
-  if (dtype == RowDtype::kBfloat16) return KernelFor<__nv_bfloat16>(weighted);
-  if (dtype == RowDtype::kFloat16) return KernelFor<__half>(weighted);
-  return KernelFor<float>(weighted);
+template <class T>
+Launch LaunchFor(bool weighted, bool wide) {
+  return weighted ? LaunchFor<T, true>(wide) : LaunchFor<T, false>(wide);
+}
+
+Launch LaunchFor(RowDtype dtype, bool weighted, bool wide) {
+  if (dtype == RowDtype::kBfloat16) return LaunchFor<__nv_bfloat16>(weighted, wide);
+  if (dtype == RowDtype::kFloat16) return LaunchFor<__half>(weighted, wide);
+  return LaunchFor<float>(weighted, wide);
 }
 
 }  // namespace
@@ -256,10 +332,13 @@ bool CombineFits(const CombineParams& p, int num_ranks) {
 
 cudaError_t LoadCombine() {
   for (RowDtype dtype : {RowDtype::kBfloat16, RowDtype::kFloat16, RowDtype::kFloat32}) {
-    for (bool weighted : {false, true}) {
-      cudaFuncAttributes attributes;
-      const auto* kernel = reinterpret_cast<const void*>(KernelFor(dtype, weighted));
-      if (cudaError_t error = cudaFuncGetAttributes(&attributes, kernel); error != cudaSuccess) return error;
+    for (int i = 0; i < 4; ++i) {
+      const Launch launch = LaunchFor(dtype, i / 2, i % 2);
+      const auto* kernel = reinterpret_cast<const void*>(launch.kernel);
+      const auto attribute = cudaFuncAttributeMaxDynamicSharedMemorySize;
+      if (cudaError_t error = cudaFuncSetAttribute(kernel, attribute, launch.shared_bytes); error != cudaSuccess) {
+        return error;
+      }
     }
   }
   return cudaSuccess;
@@ -267,8 +346,8 @@ cudaError_t LoadCombine() {
 
 cudaError_t LaunchCombine(const CombineParams& params, const CombineConfig& config, cudaStream_t stream) {
   const int num_blocks = std::max(1, std::min(config.num_sms, kMaxLanes));
-  const Kernel kernel = KernelFor(params.dtype, params.weights != nullptr);
-  kernel<<<num_blocks, kThreads, 0, stream>>>(params);
+  const Launch launch = LaunchFor(params.dtype, params.weights != nullptr, params.row_bytes >= 512 * kWide);
+  launch.kernel<<<num_blocks, kThreads, launch.shared_bytes, stream>>>(params);
   return cudaGetLastError();
 }
 

@@ -1,156 +1,178 @@
-// The sums of a combine, to the bit: a warp adds the rows that its lanes name, in lane order, in f32, and rounds the
-// sum. Neighbour: vector.cuh, the arithmetic of 16 bytes.
+// How a worker of a combine adds rows: as one stream of pieces, over the ends of sums and items, so that loads never
+// run dry. A piece is 16 bytes a lane, V times. Each lane copies its own part of the next pieces to shared memory while
+// it adds one: registers would not do, since the compiler waits for all loads of a loop at a time.
+//
+// Neighbours: items.cuh says what is added, vector.cuh does the arithmetic.
 #pragma once
 
+#include <cstddef>
+
+#include "combine/items.cuh"
 #include "combine/vector.cuh"
 
 namespace jax_ep {
 
-constexpr int kVectors = 8;  // of 16 bytes, that a thread asks for at once; twice as many are under way
+constexpr int kStages = 5;     // pieces of a worker, all but one of them on their way
+constexpr int kPlaces = 8;     // at least as many
+constexpr int kMaxTerms = 64;  // a token's rows here, and a sum of every peer
 
-// The rows that begin at `pointer` of the lanes in `holders`, to be added in lane order up to byte `end`.
-struct Rows {
-  uint32_t holders;
-  const char* pointer;
-  float weight;
-  int64_t end;
+// What follows when a piece of a row has been added.
+enum Then : uint32_t {
+  kRound = 1,     // the rows of this rank are added: their sum is rounded, and is the total so far
+  kSetAside = 2,  // the same, but it is set aside, because lower ranks come before it
+  kTakeBack = 4,  // what was set aside is added
+  kStore = 8,     // the total is complete
+  kConcludes = kRound | kSetAside | kTakeBack | kStore,
+  kOfRank = 16,   // the row is a rank's sum: it has no weight
+  kNothing = 32,  // no piece
 };
 
-__device__ __forceinline__ const char* PointerOf(const Rows& rows, int lane) {
-  return reinterpret_cast<const char*>(__shfl_sync(~0u, reinterpret_cast<uint64_t>(rows.pointer), lane));
-}
+// A row to be added, and its weight. Read and written as 16 bytes.
+struct alignas(16) Term {
+  const char* row;
+  float weight;
+  uint32_t then;
+};
 
-// A sum that stands for all ranks' (there is one rank) is rounded as a rank's and as the total: -0 becomes 0.
-template <class T>
-__device__ __forceinline__ void StoreSum(const float (&sum)[Vector<T>::kSize], char* target, bool is_total) {
-  int4 bits = Vector<T>::Pack(sum);
-  if (is_total) {
-    float total[Vector<T>::kSize] = {};
-    Accumulate<T, false>(total, bits, 1.f);
-    bits = Vector<T>::Pack(total);
-  }
-  *reinterpret_cast<int4*>(target) = bits;
-}
+// Where an item's total goes: its first piece at byte `first` of `target`, its last at `last`.
+struct alignas(16) Place {
+  char* target;
+  int first, last;
+};
 
-// The sum of kRows rows (or one less, if kMayLack) from byte `begin`, into `target`, where the whole row begins. While
-// one batch of kRows * V vectors is added the next is on its way. Four vectors are better than eight for one or two
-// rows, whose sums come in quick succession.
-template <class T, bool kWeighted, int kRows, bool kMayLack = false>
-__device__ __forceinline__ void SumFewRows(const Rows& rows, int64_t begin, char* target, bool is_total) {
-  constexpr int V = kRows <= 2 ? 4 / kRows : kVectors / kRows, kBatch = V * 512;
-  const int first = threadIdx.x % 32 * 16, size = static_cast<int>(rows.end - begin);
-  const bool lacks = kMayLack && __popc(rows.holders) < kRows;
-  const char* row[kRows];
-  float weight[kRows];
-  uint32_t rest = rows.holders;
-#pragma unroll
-  for (int i = 0; i < kRows; ++i, rest &= rest - 1) {
-    const int holder = __ffs(rest) - 1;
-    row[i] = PointerOf(rows, holder) + begin + first;
-    weight[i] = kWeighted ? __shfl_sync(~0u, rows.weight, holder) : 1.f;
-    if (kMayLack && i == kRows - 1 && lacks) weight[i] = 0.f;
+// A worker's part of shared memory.
+template <int V>
+struct SumShared {
+  Term terms[kMaxTerms];  // of the item that is loaded
+  struct Stage {
+    int4 bits[V][32];
+    uint2 due[32];  // weight and `then` of the piece, for each lane, so that lanes need not meet
+  } stage[kStages];
+  int4 aside[V][32];
+  Place places[kPlaces];  // of the items that have begun and not ended
+};
+
+template <class T, bool kWeighted, int V>
+struct SumPipe {
+  using Shared = SumShared<V>;
+  static constexpr int kPieceBytes = 512 * V, kSize = Vector<T>::kSize;
+  static constexpr uint32_t kStage = offsetof(Shared, stage), kStageBytes = sizeof(typename Shared::Stage);
+
+  const int lane, lane_offset;
+  const uint32_t shared;  // address, as the compiler would work it out again and again
+  float sum[V][kSize] = {};
+  // Loading: pieces left of the item (none: 0 or less), its next term, where in the rows, and the stage to fill.
+  int left = 0, offset = 0, last = 0;
+  uint32_t next_term = 0, terms_end = 0, stage = 0;
+  // Items begun and ended, pieces stored of the one that is added, what the piece added last asks for.
+  uint32_t begun = 0, ended = 0, stored = 0, then = 0;
+
+  __device__ __forceinline__ SumPipe(Shared& memory, int row_bytes)
+      : lane(threadIdx.x % 32),
+        lane_offset(min(lane * 16, row_bytes - 16)),
+        shared(__shfl_sync(~0u, SharedAddress(&memory), 0)) {
+    for (auto& filled : memory.stage) filled.due[lane].y = kNothing;
   }
-  target += begin + first;
-  int left = size - first;  // bytes from this thread's next vector to the end
-  int4 even[kRows][V], odd[kRows][V];
-  const auto load = [&](int4(&bits)[kRows][V], int left) {
+
+  // Items that have begun and not ended.
+  __device__ __forceinline__ uint32_t NumPending() const { return begun - ended; }
+
+  // An item whose `count` > 0 terms stand in its place: bytes [begin, end) of the rows. A range that is no multiple of
+  // pieces, or less than one, is covered by pieces that overlap, or overlap other items': both store the same sums.
+  __device__ __forceinline__ void Begin(Shared& memory, int count, char* target, int begin, int end) {
+    const int last_piece = max(end - kPieceBytes, 0), first_piece = min(begin, last_piece);
+    if (lane == 0) memory.places[begun % kPlaces] = {target, first_piece, last_piece};
+    __syncwarp();
+    ++begun;
+    left = count * ((end - begin + kPieceBytes - 1) / kPieceBytes);
+    next_term = shared;
+    terms_end = next_term + count * sizeof(Term);
+    offset = first_piece + lane_offset;
+    last = last_piece + lane_offset;
+  }
+
+  // Asks for the next piece and adds the oldest. False: Conclude or Begin must come before the next step. Where nothing
+  // is left to ask for, some piece is loaded once more, for nothing: an item must have begun.
+  __device__ __forceinline__ bool Step() {
+    const int4 term = LoadShared16(next_term);
+    const char* const row = Pointer(term) + offset;
+    const uint32_t in = shared + stage;
 #pragma unroll
-    for (int i = 0; i < kRows; ++i) {
+    for (int v = 0; v < V; ++v) CopyAsync(in + lane * 16 + kStage + v * 512, row + v * 512);
+    CommitCopies();
+    StoreShared8(in + lane * 8 + kStage + kPieceBytes, make_uint2(term.z, left > 0 ? term.w : kNothing));
+    --left;
+    next_term += sizeof(Term);
+    const bool wraps = next_term == terms_end;
+    next_term = wraps ? shared : next_term;
+    offset = wraps ? min(offset + kPieceBytes, last) : offset;
+    stage = stage == (kStages - 1) * kStageBytes ? 0 : stage + kStageBytes;
+
+    WaitCopies<kStages - 1>();
+    const uint2 due = LoadShared8(shared + stage + lane * 8 + kStage + kPieceBytes);
+    then = due.y;
+    if (kWeighted && (then & (kOfRank | kNothing)) == 0) {
+      Add<true>(__uint_as_float(due.x));
+    } else if ((then & kNothing) == 0) {
+      Add<false>(1.f);
+    }
+    return left > 0 && (then & kConcludes) == 0;
+  }
+
+  template <bool kWeigh>
+  __device__ __forceinline__ void Add(float weight) {
+    int4 bits[V];
+#pragma unroll
+    for (int v = 0; v < V; ++v) bits[v] = LoadShared16(shared + stage + lane * 16 + kStage + v * 512);
+#pragma unroll
+    for (int v = 0; v < V; ++v) Accumulate<T, kWeigh>(sum[v], bits[v], weight);
+  }
+
+  // Of a Term or a Place as 16 bytes.
+  static __device__ __forceinline__ char* Pointer(const int4& bits) {
+    return reinterpret_cast<char*>(static_cast<uint64_t>(static_cast<uint32_t>(bits.y)) << 32 |
+                                   static_cast<uint32_t>(bits.x));
+  }
+
+  // Does what the piece added last asks for. True: its item has ended.
+  __device__ __forceinline__ bool Conclude() {
+    if ((then & kConcludes) == 0) return false;
+    const uint32_t aside = shared + offsetof(Shared, aside) + lane * 16;
+    if (then & (kRound | kSetAside)) {
 #pragma unroll
       for (int v = 0; v < V; ++v) {
-        bits[i][v] = int4{};
-        if (v * 512 < left && !(kMayLack && i == kRows - 1 && lacks)) bits[i][v] = LoadRow(row[i] + v * 512);
+        const int4 rounded = Vector<T>::Pack(sum[v]);
+        Clear(sum[v]);
+        if (then & kSetAside) {
+          StoreShared16(aside + v * 512, rounded);
+        } else {
+          Accumulate<T, false>(sum[v], rounded, 1.f);
+        }
       }
-      row[i] += kBatch;
     }
-  };
-  const auto add = [&](const int4(&bits)[kRows][V]) {
+    if (then & kTakeBack) {
+#pragma unroll
+      for (int v = 0; v < V; ++v) Accumulate<T, false>(sum[v], LoadShared16(aside + v * 512), 1.f);
+    }
+    if ((then & kStore) == 0) return false;
+    const int4 place = LoadShared16(shared + offsetof(Shared, places) + ended % kPlaces * sizeof(Place));
+    const int at = min(place.z + static_cast<int>(stored) * kPieceBytes, place.w);
+    char* const target = Pointer(place) + at + lane_offset;
 #pragma unroll
     for (int v = 0; v < V; ++v) {
-      float sum[Vector<T>::kSize] = {};
-#pragma unroll
-      for (int i = 0; i < kRows; ++i) Accumulate<T, kWeighted>(sum, bits[i][v], weight[i]);
-      if (v * 512 < left) StoreSum<T>(sum, target + v * 512, is_total);
+      __stcg(reinterpret_cast<int4*>(target + v * 512), Vector<T>::Pack(sum[v]));
+      Clear(sum[v]);
     }
-    target += kBatch;
-    left -= kBatch;
-  };
-  load(even, left);
-#pragma unroll 1
-  for (int base = 0; base < size; base += 2 * kBatch) {
-    load(odd, left - kBatch);
-    add(even);
-    load(even, left - kBatch);
-    add(odd);
+    const bool is_last = at == place.w;
+    stored = is_last ? 0 : stored + 1;
+    ended += is_last;
+    return is_last;
   }
-}
 
-// The same for any number of rows: two vectors a thread, four rows at a time.
-template <class T, bool kWeighted>
-__device__ __forceinline__ void SumManyRows(const Rows& rows, int64_t begin, char* target, bool is_total) {
-  constexpr int kRows = 4, V = 2;
-  for (int64_t base = begin; base < rows.end; base += V * 512) {
-    const int64_t offset = base + threadIdx.x % 32 * 16;
-    float sum[V][Vector<T>::kSize] = {};
-    for (uint32_t rest = rows.holders; rest != 0;) {
-      int4 bits[kRows][V];
-      float weight[kRows];
-      const int count = min(__popc(rest), kRows);
+  static __device__ __forceinline__ void Clear(float (&values)[kSize]) {
 #pragma unroll
-      for (int i = 0; i < kRows; ++i) {
-        const int lane = i < count ? __ffs(rest) - 1 : 0;
-        const char* row = PointerOf(rows, lane);
-        weight[i] = kWeighted ? __shfl_sync(~0u, rows.weight, lane) : 1.f;
-        if (i >= count) continue;
-        rest &= rest - 1;
-#pragma unroll
-        for (int v = 0; v < V; ++v) bits[i][v] = LoadRow(row + min(offset + v * 512, rows.end - 16));
-      }
-#pragma unroll
-      for (int i = 0; i < kRows; ++i) {
-        if (i >= count) continue;
-#pragma unroll
-        for (int v = 0; v < V; ++v) Accumulate<T, kWeighted>(sum[v], bits[i][v], weight[i]);
-      }
-    }
-#pragma unroll
-    for (int v = 0; v < V; ++v) {
-      if (offset + v * 512 < rows.end) StoreSum<T>(sum[v], target + offset + v * 512, is_total);
-    }
+    for (int i = 0; i < kSize; ++i) values[i] = 0.f;
   }
-}
-
-template <class T, bool kWeighted>
-__device__ __forceinline__ void SumRows(const Rows& rows, int64_t begin, char* target, bool is_total) {
-  const int count = __popc(rows.holders);
-  switch (count) {
-    case 0:
-      return;
-    case 1:
-      return SumFewRows<T, kWeighted, 1>(rows, begin, target, is_total);
-    case 2:
-      return SumFewRows<T, kWeighted, 2>(rows, begin, target, is_total);
-    case 3:
-    case 4:
-      return SumFewRows<T, kWeighted, 4, true>(rows, begin, target, is_total);
-    case 5:
-    case 6:
-      return SumFewRows<T, kWeighted, 6, true>(rows, begin, target, is_total);
-    case 7:
-    case 8:
-      return SumFewRows<T, kWeighted, 8, true>(rows, begin, target, is_total);
-    default:
-      return SumManyRows<T, kWeighted>(rows, begin, target, is_total);
-  }
-}
-
-// A token without rows sums to zero.
-template <class T, bool kWeighted>
-__device__ __forceinline__ void SumOrClear(const Rows& rows, int64_t begin, char* target, bool is_total) {
-  if (rows.holders != 0) return SumRows<T, kWeighted>(rows, begin, target, is_total);
-  for (int64_t offset = begin + threadIdx.x % 32 * 16; offset < rows.end; offset += 512) {
-    *reinterpret_cast<int4*>(target + offset) = int4{};
-  }
-}
+};
 
 }  // namespace jax_ep

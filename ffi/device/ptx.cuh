@@ -64,6 +64,55 @@ __device__ __forceinline__ void StoreReleaseShared(uint32_t* counter, uint32_t v
       : "memory");
 }
 
+// ---- shared memory by its address; copies to it are for the thread that asks for them
+
+__device__ __forceinline__ int4 LoadShared16(uint32_t address) {
+  int4 bits;
+  asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(bits.x), "=r"(bits.y), "=r"(bits.z), "=r"(bits.w)
+               : "r"(address)
+               : "memory");
+  return bits;
+}
+
+__device__ __forceinline__ void StoreShared16(uint32_t address, const int4& bits) {
+  asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(bits.x), "r"(bits.y), "r"(bits.z),
+               "r"(bits.w)
+               : "memory");
+}
+
+__device__ __forceinline__ uint2 LoadShared8(uint32_t address) {
+  uint2 bits;
+  asm volatile("ld.shared.v2.b32 {%0, %1}, [%2];" : "=r"(bits.x), "=r"(bits.y) : "r"(address) : "memory");
+  return bits;
+}
+
+__device__ __forceinline__ void StoreShared8(uint32_t address, const uint2& bits) {
+  asm volatile("st.shared.v2.b32 [%0], {%1, %2};" ::"r"(address), "r"(bits.x), "r"(bits.y) : "memory");
+}
+
+__device__ __forceinline__ float LoadShared4(uint32_t address) {
+  float value;
+  asm volatile("ld.shared.f32 %0, [%1];" : "=f"(value) : "r"(address) : "memory");
+  return value;
+}
+
+__device__ __forceinline__ void StoreShared4(uint32_t address, float value) {
+  asm volatile("st.shared.f32 [%0], %1;" ::"r"(address), "f"(value) : "memory");
+}
+
+__device__ __forceinline__ void CopyAsync(uint32_t address, const void* global) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(address), "l"(global) : "memory");
+}
+
+__device__ __forceinline__ void CommitCopies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+
+// All but the newest kPending groups of this thread's copies are there.
+template <int kPending>
+__device__ __forceinline__ void WaitCopies() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
+}
+
 // ---- time
 
 __device__ __forceinline__ uint64_t NanoSeconds() {

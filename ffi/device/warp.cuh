@@ -17,15 +17,4 @@ __device__ __forceinline__ int WarpScan(int value, int* sum) {
   return inclusive - value;
 }
 
-// Which row the token has on `rank`: that of the first choice whose owner it is, or -1. Lane k holds choice k's owner
-// and row.
-__device__ __forceinline__ int FirstRowOn(int rank, int owner, int row, int num_topk) {
-  int found = -1;
-  for (int k = num_topk - 1; k >= 0; --k) {
-    const int other = __shfl_sync(~0u, owner, k), other_row = __shfl_sync(~0u, row, k);
-    if (other == rank) found = other_row;
-  }
-  return found;
-}
-
 }  // namespace jax_ep

@@ -54,7 +54,6 @@ enum Address { kRecvRows, kRecvRows1, kRecvWeights, kRecvSlot, kRecvTopkIdx };
 
 // A chunk that a sender has taken.
 struct Chunk {
-  int number;
   Tokens tokens;
   uint32_t end;  // of the pieces that this sender sends
 };
@@ -67,10 +66,11 @@ struct DispatchShared {
   int32_t copy_row[kDispatchWarps][kMaxCopyStages][32];
   int copy_piece[kDispatchWarps][kMaxCopyStages];
   int lane_begin[kSendWarps * kMaxSendBlocks + 1];  // TokenBegin: to divide takes long
-  uint32_t slotted[kRouteWarps];        // the token before which that warp has written all slots of its part
-  Chunk chunk[kSendWarps][kChunkRing];  // what a sender has taken, in its order
-  uint32_t sent[kSendWarps];            // how many of them have arrived; kSenderDone and kSenderGone besides
-  uint32_t published[kSendWarps];       // how many of them the peers know of
+  uint32_t slotted[kRouteWarps];            // the token before which that warp has written all slots of its part
+  Chunk chunk[kSendWarps][kChunkRing];      // what a sender has taken, in its order
+  uint32_t number[kSendWarps][kChunkRing];  // of those chunks, for the publisher
+  uint32_t sent[kSendWarps];                // how many of them have arrived; kSenderDone and kSenderGone besides
+  uint32_t published[kSendWarps];           // how many of them the peers know of
 
   __device__ int NumChunks(const DispatchPlan& plan, int lane) const {
     return (lane_begin[lane + 1] - lane_begin[lane] + plan.chunk_tokens - 1) / plan.chunk_tokens;

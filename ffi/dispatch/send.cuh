@@ -167,7 +167,8 @@ class Sender {
     const Tokens tokens = shared_.ChunkTokens(plan_, from, number);
     pieces_taken_ += (tokens.end - tokens.begin) * plan_.send.per_row;
     if (lane_ == 0) {
-      shared_.chunk[warp_][taken_ % kChunkRing] = {from * plan_.chunks_per_lane + number, tokens, pieces_taken_};
+      shared_.chunk[warp_][taken_ % kChunkRing] = {tokens, pieces_taken_};
+      StoreReleaseShared(&shared_.number[warp_][taken_ % kChunkRing], from * plan_.chunks_per_lane + number);
     }
     __syncwarp();
     ++taken_;
@@ -257,7 +258,7 @@ __device__ inline void Publish(const DispatchPlan& plan, const Call& call, Dispa
     for (int warp = 0; warp < kSendWarps; ++warp) {
       const uint32_t count = sent[warp] & ~(kSenderDone | kSenderGone);
       for (; published[warp] < count; ++published[warp]) {
-        const int chunk = shared.chunk[warp][published[warp] % kChunkRing].number;
+        const uint32_t chunk = LoadAcquireShared(&shared.number[warp][published[warp] % kChunkRing]);
         if (plan.copies_on() && progress != nullptr)
           StoreRelaxedSys(&call.Peer(peer)->arrived[call.rank][chunk], call.Tag(kDone));
       }

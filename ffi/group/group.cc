@@ -9,6 +9,7 @@
 #include <stdexcept>
 
 #include "combine/combine.h"
+#include "combine/combine_grad.h"
 #include "dispatch/dispatch.h"
 #include "group/barrier.h"
 #include "group/landing.h"
@@ -84,7 +85,7 @@ class DeviceGuard {
   int device_ = 0;
 };
 
-const char* const kOperations[] = {"dispatch", "dispatch_cached", "notify", "combine", "barrier"};
+const char* const kOperations[] = {"dispatch", "dispatch_cached", "notify", "combine", "barrier", "combine_grad"};
 const char* const kPhases[] = {"meet (the peer's post)",
                                "rows (the peer's progress)",
                                "leave (the peer's end of call)",
@@ -161,6 +162,7 @@ Group::Group(const std::vector<int>& devices, const std::vector<Place>& places)
     // A kernel first loaded while a peer's kernel waits for it would never run.
     Check("loading dispatch", LoadDispatch());
     Check("loading combine", LoadCombine());
+    Check("loading combine_grad", LoadCombineGrad());
     Check("loading barrier", LoadBarrier());
     Check("loading low-latency dispatch", LoadLowLatencyDispatch());
     Check("loading low-latency combine", LoadLowLatencyCombine());

@@ -69,7 +69,7 @@ struct GroupView {
   uint64_t masked_since;  // the generation in which the mask last changed
 };
 
-enum Operation : uint32_t { kDispatch, kDispatchCached, kNotify, kCombine, kBarrier };
+enum Operation : uint32_t { kDispatch, kDispatchCached, kNotify, kCombine, kBarrier, kCombineGrad };
 enum Phase : uint32_t { kMeet, kRows, kLeave, kRefused, kReuse, kLines, kInFlight, kStage };
 
 }  // namespace jax_ep

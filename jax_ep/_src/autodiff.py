@@ -20,6 +20,10 @@ a primitive of its own so that its transpose sends the cotangent once for both:
 
     rows = dispatch_cached(ct);   y_bar[c] = w[c] * rows[c];   w_bar[c] = <y[c], rows[c]>
 
+which is one primitive too, (y_bar, w_bar) = G(ct; y, w) = combine_grad, linear in ct and in (y, w) together:
+
+    its tangent is G(ct'; y, w) + G(ct; y', w'); its transpose in ct is J(., .; y, w), in (y, w) it is G(ct; ., .)
+
 and J's own tangent is J(y'', w''; y, w) + J(dy, dw; y', w'). A wire format on the way back is straight-through: tangents
 travel without it.
 
@@ -173,6 +177,8 @@ def _weighted_jvp(combine: compat.Primitive, both: Any, primals: Any, tangents: 
 
 def _cotangents(transposed: compat.Primitive, ct: Any, y: Any, w: Any, handle: Any, routing: Routing, want: Any) -> Any:
     """Cotangents of the operands that weigh `w` and `y`, where wanted."""
+    if all(want) and transposed is p.dispatch_cached_p:
+        return p.combine_grad_p.bind(ct, y, w, *handle, routing=routing)
     (rows,), _ = p.move(transposed, [ct], None, handle, routing)
     y_bar = (w[:, None] * rows.astype(jnp.float32)).astype(rows.dtype) if want[0] else None
     w_bar = jnp.sum(y.astype(jnp.float32) * rows.astype(jnp.float32), axis=1) if want[1] else None
@@ -239,6 +245,36 @@ def _start_of_sum(y_dot: Any, w_dot: Any, y: Any, w: Any, *handle: Any, routing:
 
 WEIGHTED_TANGENTS: dict[compat.Primitive, compat.Primitive] = {}
 
+
+def _grad_jvp(primals: Any, tangents: Any, *, routing: Routing) -> Any:
+    ct, y, w, *handle = primals
+    results = p.combine_grad_p.bind(*primals, routing=routing)
+    if all(type(tangent) is Zero for tangent in tangents[:3]):
+        return results, [compat.zero_tangent(result) for result in results]
+    ct_dot, y_dot, w_dot = (ad.instantiate_zeros(tangent) for tangent in tangents[:3])
+    terms = []
+    if type(tangents[0]) is not Zero:
+        terms.append(p.combine_grad_p.bind(ct_dot, y, w, *handle, routing=routing))
+    if type(tangents[1]) is not Zero or type(tangents[2]) is not Zero:
+        terms.append(p.combine_grad_p.bind(ct, y_dot, w_dot, *handle, routing=routing))
+    return results, terms[0] if len(terms) == 1 else [one + two for one, two in zip(*terms, strict=True)]
+
+
+def _grad_transpose(cts: Any, ct: Any, y: Any, w: Any, *handle: Any, routing: Routing) -> Any:
+    want = [ad.is_undefined_primal(operand) for operand in (ct, y, w)]
+    if want[0] and any(want[1:]):
+        raise NotImplementedError("jax_ep_combine_grad: bilinear, so it has no transpose in all operands at once")
+    if all(type(of) is Zero for of in cts):
+        return [Zero(of.aval) if wanted else None for of, wanted in zip((ct, y, w), want, strict=True)] + [None] * 3
+    a, b = (ad.instantiate_zeros(of) for of in cts)
+    if want[0]:
+        back = [*WEIGHTED_TANGENTS[p.combine_weighted_p].bind(a, b, y, w, *handle, routing=routing), None, None]
+    else:
+        bars = p.combine_grad_p.bind(ct, a, b, *handle, routing=routing)
+        back = [None, *(bar if wanted else None for bar, wanted in zip(bars, want[1:], strict=True))]
+    return [*back, None, None, None]
+
+
 # ---- the table -------------------------------------------------------------------------------------------------------
 
 _define_transposes(p.dispatch_cached_p, p.combine_p)
@@ -251,5 +287,8 @@ ad.primitive_jvps[p.combine_weighted_start_p] = functools.partial(
     _weighted_jvp, p.combine_weighted_start_p, _start_of_sum
 )
 ad.primitive_transposes[p.combine_weighted_start_p] = functools.partial(_weighted_transpose, p.dispatch_done_p)
+
+ad.primitive_jvps[p.combine_grad_p] = _grad_jvp
+ad.primitive_transposes[p.combine_grad_p] = _grad_transpose
 
 compat.give_names_a_transpose()

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jax_ep._src import autodiff, compat, quantized
+from jax_ep._src import autodiff, compat, quantized, reference
 from jax_ep._src import primitives as p
 from jax_ep._src.barrier import barrier_p
 
@@ -110,6 +110,19 @@ def _weighted(primitive: compat.Primitive, num_y: int, axis_data: Any, args: Any
     return [_unfold(out, axis_data.size)], [out.ndim - 1]
 
 
+def _grad(axis_data: Any, args: Any, dims: Any, *, routing: Any) -> Any:
+    """Inner products are not to be folded: rows are dispatched, all at a time, and weighed each for itself."""
+    if any(dim is not None for dim in dims[3:]):
+        return _one_after_another(p.combine_grad_p, args, dims, {"routing": routing})
+
+    def one(out_bar: jax.Array, y: jax.Array, weights: jax.Array, *handle: jax.Array) -> list[jax.Array]:
+        (rows,), _ = p.move(p.dispatch_cached_p, [out_bar], None, handle, routing)
+        return reference.weigh(rows, y, weights, handle[1])
+
+    batched = jax.vmap(one, in_axes=dims, axis_size=axis_data.size, spmd_axis_name=axis_data.spmd_name)
+    return batched(*args), [0, 0]
+
+
 def _notify(_: Any, args: Any, dims: Any, **params: Any) -> Any:
     return _one_after_another(p.notify_p, args, dims, params)
 
@@ -143,6 +156,7 @@ _register(p.dispatch_done_p, functools.partial(_moving, p.dispatch_done_p))
 _register(p.combine_p, functools.partial(_moving, p.combine_p))
 _register(p.combine_start_p, functools.partial(_moving, p.combine_start_p))
 _register(p.combine_done_p, functools.partial(_moving, p.combine_done_p))
+_register(p.combine_grad_p, _grad)
 for _combine in (p.combine_weighted_p, p.combine_weighted_start_p):
     _register(_combine, functools.partial(_weighted, _combine, 1))
 for _tangent in autodiff.WEIGHTED_TANGENTS.values():

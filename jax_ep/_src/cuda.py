@@ -406,6 +406,34 @@ def _combine_landing(rows: Any, routing: Routing, has_carried: bool) -> int:
     )
 
 
+def _combine_grad(ctx: Any, *operands: Any, routing: Routing) -> Any:
+    devices = _groups(ctx, routing) if _combine_fits(ctx.avals_in[:1], routing) else None
+    if devices is None:
+        return _reference(reference.combine_grad)(ctx, *operands, routing=routing)
+    window = _dispatch_window([_row_bytes(ctx.avals_in[0])], routing, False, True)
+    if window > 0 and group.make_arenas(devices, window):
+        return _composed(_dispatch_and_weigh)(ctx, *operands, routing=routing)
+    out_bar, y, weights, _, recv_slot, counts = operands
+    ctx = ctx.replace(avals_in=[*ctx.avals_in[:3], *ctx.avals_in[4:]])
+    attributes = _int64(
+        num_ranks=routing.num_ranks,
+        expert_alignment=routing.expert_alignment if routing.layout == "expert" else 0,
+        expert_capacity=routing.expert_capacity,
+        num_sms=routing.num_sms or 0,
+    )
+    rule = jax.ffi.ffi_lowering(targets.COMBINE_GRAD)
+    attributes["devices"] = np.array(devices, np.int64).reshape(-1)
+    return _launched_once(rule(ctx, out_bar, y, weights, recv_slot, counts, **attributes))
+
+
+def _dispatch_and_weigh(
+    out_bar: jax.Array, y: jax.Array, weights: jax.Array, *handle: jax.Array, routing: Routing
+) -> Any:
+    """combine_grad in low latency: few rows, so that a pass more costs less than a meeting."""
+    (rows,), _ = primitives.move(primitives.dispatch_cached_p, [out_bar], None, handle, routing)
+    return reference.weigh(rows, y, weights, handle[1])
+
+
 def _call_combine_half(
     meaning: Rule,
     halves: tuple[str, str],
@@ -478,5 +506,6 @@ for _primitive, _rule in (
     (primitives.combine_done_p, _combine_done),
     (primitives.combine_weighted_p, _combine_weighted),
     (primitives.combine_weighted_start_p, _combine_weighted_start),
+    (primitives.combine_grad_p, _combine_grad),
 ):
     compat.mlir.register_lowering(_primitive, _rule, platform="cuda")

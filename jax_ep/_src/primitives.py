@@ -12,6 +12,7 @@
   combine_done            payload [T, ...], handle       -> payload [T, ...]
   combine_weighted        y [C, H], weights [C], handle  -> [T, H]
   combine_weighted_start  y [C, H], weights [C], handle  -> [T, H]
+  combine_grad            out_bar [T, H], y [C, H], weights [C], handle -> y_bar [C, H], weights_bar [C]
 
 Gates are f32[T, K] at their tokens and between two halves, [C] at their rows ([C, K] for "rank"). On the way back each
 gate returns to its choice, unsummed. What is between two halves is opaque: the reference's are rows, in a kernel's stands
@@ -40,6 +41,7 @@ combine_start_p = compat.effectful_primitive("jax_ep_combine_start")
 combine_done_p = compat.effectful_primitive("jax_ep_combine_done")
 combine_weighted_p = compat.effectful_primitive("jax_ep_combine_weighted")
 combine_weighted_start_p = compat.effectful_primitive("jax_ep_combine_weighted_start")
+combine_grad_p = compat.effectful_primitive("jax_ep_combine_grad")
 
 
 # ---- binding ---------------------------------------------------------------------------------------------------------
@@ -185,6 +187,12 @@ def _weighted_abstract_eval(lead: Shape) -> Callable[..., Any]:
     return rule
 
 
+def _grad_abstract_eval(out_bar: Any, y: Any, weights: Any, *handle: Any, routing: Routing) -> Any:
+    axes = _common_axes(routing, [out_bar, y, weights, *handle])
+    avals = [compat.result_aval(like, like.shape, like.dtype, axes) for like in (y, weights)]
+    return avals, compat.named_axis_effects(routing.axis_name)
+
+
 notify_p.def_effectful_abstract_eval(_notify_abstract_eval)
 dispatch_p.def_effectful_abstract_eval(_dispatch_abstract_eval)
 dispatch_cached_p.def_effectful_abstract_eval(_moving_abstract_eval(_received, _received_gates))
@@ -195,6 +203,7 @@ combine_start_p.def_effectful_abstract_eval(_moving_abstract_eval(_tokens, _choi
 combine_done_p.def_effectful_abstract_eval(_moving_abstract_eval(_tokens, _choices(_tokens)))
 combine_weighted_p.def_effectful_abstract_eval(_weighted_abstract_eval(_tokens))
 combine_weighted_start_p.def_effectful_abstract_eval(_weighted_abstract_eval(_tokens))
+combine_grad_p.def_effectful_abstract_eval(_grad_abstract_eval)
 
 
 # ---- lowering: the reference on every platform -----------------------------------------------------------------------
@@ -210,5 +219,6 @@ for _primitive, _meaning in (
     (combine_done_p, reference.combine_done),
     (combine_weighted_p, reference.combine_weighted),
     (combine_weighted_start_p, reference.combine_weighted_start),
+    (combine_grad_p, reference.combine_grad),
 ):
     compat.mlir.register_lowering(_primitive, membership.lowering(_meaning))

@@ -239,6 +239,54 @@ def partial_sums(
     return lax.map(for_source, recv_slot)
 
 
+def combine_grad(
+    out_bar: jax.Array, y: jax.Array, weights: jax.Array, *arrays: jax.Array, routing: Routing, dead: Dead = None
+) -> Arrays:
+    """out_bar [T, H], y [C, H], weights f32[C], slot, recv_slot, counts -> y_bar [C, H], weights_bar f32[C].
+
+    The transpose of combine_weighted: weights[c] * rows[c] and <y[c], rows[c]>, where rows are out_bar dispatched, and
+    zeros for rows that hold no token.
+    """
+    (rows,) = dispatch_cached(out_bar, *arrays, routing=routing, num_rows=1, has_weights=False, dead=dead)
+    _, recv_slot = membership.without(dead, arrays[0], arrays[1], routing)
+    return weigh(rows, y, weights, recv_slot)
+
+
+def weigh(rows: jax.Array, y: jax.Array, weights: jax.Array, recv_slot: jax.Array) -> Arrays:
+    """What combine_grad does with rows that have been dispatched."""
+    holds = _place(jnp.zeros(rows.shape[0], bool), recv_slot.reshape(-1), jnp.array(True))
+    y_bar = (weights[:, None] * rows.astype(jnp.float32)).astype(rows.dtype)
+    return [jnp.where(holds[:, None], y_bar, 0), jnp.where(holds, inner_products(y, rows), 0)]
+
+
+def inner_products(a: jax.Array, b: jax.Array) -> jax.Array:
+    """[C, H], [C, H] -> f32[C], added in the order that one warp of a GPU adds them.
+
+    A row is split into chunks of 2 kB, filled up with zeros; a chunk into 4 vectors of 16 bytes for each of 32 lanes. A
+    lane adds the products of its four vectors, element by element; then the elements, by halves; then chunk after chunk;
+    at last the lanes are added, by halves.
+    """
+    products = lax.optimization_barrier(a.astype(jnp.float32) * b.astype(jnp.float32))
+    elements = 16 // a.dtype.itemsize
+    num_rows, hidden = a.shape
+    padded = jnp.pad(products, ((0, 0), (0, -hidden % (4 * 32 * elements))))
+    vectors = padded.reshape(num_rows, -1, 4, 32, elements)
+    lanes = _add_halves(
+        ((vectors[:, :, 0] + vectors[:, :, 1]) + vectors[:, :, 2]) + vectors[:, :, 3]
+    )  # [C, chunks, 32]
+    zeros = compat.as_varying(jnp.zeros((num_rows, 32), jnp.float32), compat.varying_axes(lanes))
+    total, _ = lax.scan(lambda total, chunk: (total + chunk, None), zeros, lanes.swapaxes(0, 1), unroll=32)
+    return _add_halves(total)
+
+
+def _add_halves(x: jax.Array) -> jax.Array:
+    """The sum over the last axis, a power of two: the first half plus the second, and so on."""
+    while x.shape[-1] > 1:
+        half = x.shape[-1] // 2
+        x = x[..., :half] + x[..., half:]
+    return x[..., 0]
+
+
 # ---- moving rows -----------------------------------------------------------------------------------------------------
 
 

@@ -11,6 +11,7 @@ import jax
 BARRIER = "jax_ep_barrier"
 COMBINE = "jax_ep_combine"
 COMBINE_DONE = "jax_ep_combine_done"
+COMBINE_GRAD = "jax_ep_combine_grad"
 COMBINE_START = "jax_ep_combine_start"
 DISPATCH = "jax_ep_dispatch"
 DISPATCH_CACHED = "jax_ep_dispatch_cached"

@@ -39,7 +39,8 @@ def test_the_kernels_are_timed(tmp_path):
     options = ["--bases", "64", "--base-sms", "8", "--axes", "graph", "wire", "--repeats", "3", "--no-ceiling"]
     rows = run(tmp_path / "kernels.json", "kernels", *options)
     assert {row["error"] for row in rows} == {None}
-    assert {row["operation"] for row in rows} == {"dispatch", "dispatch_cached", "combine", "combine_weighted"}
+    operations = {"dispatch", "dispatch_cached", "combine", "combine_weighted", "combine_grad"}
+    assert {row["operation"] for row in rows} == operations
     assert {(row["graph"], row["wire"]) for row in rows} == {(False, None), (True, None), (False, "fp8")}
     assert all(1 < row["us"] < 1e5 for row in rows)
 

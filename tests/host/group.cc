@@ -12,6 +12,7 @@
 #include <utility>
 
 #include "combine/combine.h"
+#include "combine/combine_grad.h"
 #include "dispatch/dispatch.h"
 #include "group/barrier.h"
 #include "halves/halves.h"
@@ -83,6 +84,7 @@ uint32_t g_dead = 0;  // likewise
 
 cudaError_t LoadDispatch() { return cudaSuccess; }
 cudaError_t LoadCombine() { return cudaSuccess; }
+cudaError_t LoadCombineGrad() { return cudaSuccess; }
 cudaError_t LoadBarrier() { return cudaSuccess; }
 cudaError_t LoadLowLatencyDispatch() { return cudaSuccess; }
 cudaError_t LoadLowLatencyCombine() { return cudaSuccess; }

@@ -7,8 +7,8 @@
 //   kernels masked                     masked ranks do not call, or do: the others get what the oracle says
 //
 // nvcc -O3 -std=c++17 -Iffi -gencode arch=compute_90a,code=sm_90a -o kernels tests/gpu/kernels/kernels.cu
-// ffi/dispatch/dispatch.cu
-//   ffi/combine/combine.cu ffi/low_latency/*.cu ffi/halves/*.cu ffi/group/barrier.cu ffi/group/group.cc
+//   ffi/dispatch/dispatch.cu ffi/combine/*.cu ffi/low_latency/*.cu ffi/halves/*.cu ffi/group/barrier.cu
+//   ffi/group/group.cc
 #include <algorithm>
 #include <chrono>
 #include <cstdio>
@@ -64,7 +64,8 @@ bool CheckCase(Case c, int stride = 1, Mask mask = Mask::kBefore) {
     if (c.weights) d.topk_weights = memory[r]->Put(weights[r]);
     arrays[r].combine.y = memory[r]->Put(y[r]);
   }
-  if (!DispatchFits(arrays[0].dispatch, R) || !CombineFits(arrays[0].combine, R)) {
+  if (!DispatchFits(arrays[0].dispatch, R) || !CombineFits(arrays[0].combine, R) ||
+      (c.layout != Layout::kRank && !CombineGradFits(arrays[0].grad, R))) {
     std::printf("%-40s does not fit\n", c.name.c_str());
     return false;
   }
@@ -151,6 +152,27 @@ bool CheckCase(Case c, int stride = 1, Mask mask = Mask::kBefore) {
       ok &= Same(weighted ? "combine weighted" : "combine", r, arrays[r].combine.out,
                  Combined(c, routing, r, y, weighted ? &gates : nullptr, stride), c.row_bytes(), stride);
       ok &= Same("carried_back", r, arrays[r].combine.carried_back, CarriedBack(c, routing, r, carried));
+    }
+  }
+  for (int repeat = 0; repeat < 2 && ok && c.layout != Layout::kRank; ++repeat) {
+    for (int r = 0; r < R; ++r) {
+      CHECK_CUDA(cudaSetDevice(ranks.device[r]));
+      CHECK_CUDA(cudaMemset(arrays[r].grad.y_bar, 0xab, c.capacity * c.row_bytes()));
+      CHECK_CUDA(cudaMemset(arrays[r].grad.weights_bar, 0xab, c.capacity * sizeof(float)));
+      CHECK_CUDA(cudaDeviceSynchronize());
+    }
+    ranks.Launch([&](int r, cudaStream_t stream) {
+      CombineGradParams g = arrays[r].grad;
+      g.out_bar = x_device[r], g.y = arrays[r].combine.y, g.weights = gates_device[r];
+      return LaunchCombineGrad(g, combine_config, stream);
+    });
+    ok &= ranks.Wait();
+    for (int r = 0; r < R; ++r) {
+      if (ranks.IsAbsent(r)) continue;
+      CHECK_CUDA(cudaSetDevice(ranks.device[r]));
+      const Cotangents bar = CombineGrad(c, routing, r, x, y[r], gates[r], stride);
+      ok &= Same("combine_grad", r, arrays[r].grad.y_bar, bar.y, c.row_bytes(), stride);
+      ok &= Same("combine_grad's weights", r, arrays[r].grad.weights_bar, bar.weights, 1, stride);
     }
   }
   ranks.Launch([&](int r, cudaStream_t stream) {

@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "combine/combine.h"
+#include "combine/combine_grad.h"
 #include "dispatch/dispatch.h"
 
 namespace jax_ep {
@@ -219,6 +220,58 @@ inline std::vector<char> Combined(const Case& c, const std::vector<RankRouting>&
     for (int64_t h = 0; h < c.hidden; ++h) Store(c.dtype, &out[t * row_bytes + h * elem], total[h]);
   }
   return out;
+}
+
+// The inner product of two rows, in the order that combine_grad.cu defines.
+inline float InnerProduct(const Case& c, const char* a, const char* b) {
+  const int elem = static_cast<int>(c.elem_bytes()), per_lane = 16 / elem, chunk = 4 * 32 * per_lane;
+  float lanes[32] = {};
+  for (int64_t begin = 0; begin < c.hidden; begin += chunk) {
+    for (int lane = 0; lane < 32; ++lane) {
+      float sums[8] = {};
+      for (int64_t v = 0; v < 4; ++v) {
+        for (int i = 0; i < per_lane; ++i) {
+          const int64_t h = begin + (v * 32 + lane) * per_lane + i;
+          const volatile float product = h < c.hidden ? Load(c.dtype, a + h * elem) * Load(c.dtype, b + h * elem) : 0.f;
+          sums[i] = sums[i] + product;
+        }
+      }
+      for (int half = per_lane / 2; half > 0; half /= 2) {
+        for (int i = 0; i < half; ++i) sums[i] += sums[i + half];
+      }
+      lanes[lane] += sums[0];
+    }
+  }
+  for (int half = 16; half > 0; half /= 2) {
+    for (int i = 0; i < half; ++i) lanes[i] += lanes[i + half];
+  }
+  return lanes[0];
+}
+
+// The cotangents of rank d's y [C, H] and weights [C] from everybody's out_bar [T, H]. Only rows c % stride == 0, the
+// others stay zero.
+struct Cotangents {
+  std::vector<char> y;
+  std::vector<float> weights;
+};
+
+inline Cotangents CombineGrad(const Case& c, const std::vector<RankRouting>& routing, int d,
+                              const std::vector<std::vector<char>>& out_bar, const std::vector<char>& y,
+                              const std::vector<float>& weights, int stride = 1) {
+  const int64_t row_bytes = c.row_bytes(), elem = c.elem_bytes();
+  Cotangents bar{std::vector<char>(c.capacity * row_bytes, 0), std::vector<float>(c.capacity, 0.f)};
+  for (int r = 0; r < c.num_ranks; ++r) {
+    for (int64_t i = 0; i < c.choices(); ++i) {
+      const int64_t row = routing[d].recv_slot[r * c.choices() + i];
+      if (row < 0 || row % stride != 0) continue;
+      const char* const ct = &out_bar[r][i / c.num_topk * row_bytes];
+      for (int64_t h = 0; h < c.hidden; ++h) {
+        Store(c.dtype, &bar.y[row * row_bytes + h * elem], weights[row] * Load(c.dtype, ct + h * elem));
+      }
+      bar.weights[row] = InnerProduct(c, &y[row * row_bytes], ct);
+    }
+  }
+  return bar;
 }
 
 // carried of each choice's row, [T, K].

@@ -176,6 +176,7 @@ bool Same(const char* what, int rank, const T* device, const std::vector<T>& exp
 struct Arrays {
   DispatchParams dispatch{};
   CombineParams combine{};
+  CombineGradParams grad{};
 };
 
 inline Arrays MakeArrays(const Case& c, Memory& memory, const GroupView* view, bool with_combine) {
@@ -208,6 +209,17 @@ inline Arrays MakeArrays(const Case& c, Memory& memory, const GroupView* view, b
   if (!b.one_row_a_rank && c.num_ranks > 1) {
     b.scratch = memory.Make<char>(static_cast<int64_t>(c.num_ranks - 1) * c.num_tokens * c.row_bytes(), 0xab);
   }
+  if (b.one_row_a_rank) return a;
+  CombineGradParams& g = a.grad;
+  g.group = view;
+  g.dtype = c.dtype;
+  g.num_tokens = c.num_tokens, g.num_topk = c.num_topk, g.max_recv_tokens = c.capacity;
+  g.num_local_experts = c.num_local();
+  g.expert_alignment = c.layout == Layout::kExpert ? c.alignment : 0, g.expert_capacity = c.expert_capacity;
+  g.row_bytes = c.row_bytes();
+  g.recv_slot = d.recv_slot, g.counts = d.counts;
+  g.y_bar = memory.Make<char>(C * c.row_bytes(), 0xab);
+  g.weights_bar = memory.Make<float>(C, 0xab);
   return a;
 }
 
