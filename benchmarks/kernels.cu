@@ -1,9 +1,10 @@
 // Times the kernels without XLA: benchmarks/kernels.py builds it, writes a case a line to its standard input, and reads
 // a line of JSON for each. tests/gpu/kernels/ranks.h starts the ranks and makes their arrays.
 //
-//   in    mode operations(comma) layout ranks tokens topk experts capacity expert_capacity row_bytes second_bytes sms
-//   calls
-//         repeats graph(0|1) file of s32[ranks, tokens, topk]
+//   in    mode operations(comma) layout ranks tokens topk experts capacity expert_capacity row_bytes second_bytes wire
+//         sms calls repeats graph(0|1) file of s32[ranks, tokens, topk]
+//         with a wire other than "none" row_bytes and second_bytes are those of values and scales, which dispatch makes
+//         of bf16 rows; dispatch_quantized and dispatch_cached get them
 //   out   {"gpus": [...], ...} once, then {"dispatch": [µs a call of each repeat], ...} or {"failed": "why"} a case
 #include <cuda_runtime.h>
 
@@ -13,6 +14,7 @@
 #include <memory>
 #include <sstream>
 
+#include "device/quantize.cuh"
 #include "ranks.h"
 
 #if __has_include("low_latency/low_latency.h")
@@ -28,22 +30,29 @@ struct Request {
   std::string mode;
   std::vector<std::string> operations;
   Case c;
-  int calls = 0, repeats = 0;
+  int wire = -1, calls = 0, repeats = 0;  // a Wire, or -1
   bool graph = false;
   std::string routing;
 };
 
 bool Parse(const std::string& line, Request* r) {
   std::istringstream in(line);
-  std::string operations, layout;
+  std::string operations, layout, wire;
   int64_t row_bytes = 0;
   Case& c = r->c;
   in >> r->mode >> operations >> layout >> c.num_ranks >> c.num_tokens >> c.num_topk >> c.num_experts >> c.capacity >>
-      c.expert_capacity >> row_bytes >> c.second_bytes >> c.num_sms >> r->calls >> r->repeats >> r->graph >> r->routing;
+      c.expert_capacity >> row_bytes >> c.second_bytes >> wire >> c.num_sms >> r->calls >> r->repeats >> r->graph >>
+      r->routing;
   c.layout = layout == "expert" ? Layout::kExpert : layout == "rank" ? Layout::kRank : Layout::kBatched;
   c.alignment = 1;
   c.dtype = RowDtype::kBfloat16;
   c.hidden = row_bytes / 2;
+  const std::map<std::string, int> wires = {{"none", -1},
+                                            {"fp8", static_cast<int>(Wire::kFp8)},
+                                            {"fp8_ue8m0", static_cast<int>(Wire::kFp8Ue8m0)},
+                                            {"mxfp8", static_cast<int>(Wire::kMxfp8)}};
+  if (wires.count(wire) == 0) return false;
+  r->wire = wires.at(wire);
   std::istringstream names(operations);
   for (std::string name; std::getline(names, name, ',');) r->operations.push_back(name);
   return !in.fail() && c.num_ranks > 0 && r->calls > 0 && r->repeats > 0;
@@ -151,19 +160,28 @@ CombineGradParams Backward(const Arrays& of, const float* weights) {
   return g;
 }
 
+// The same rows, from bf16: encoded on the way.
+DispatchParams Encoded(DispatchParams d, const char* x, int wire) {
+  d.encoding = {x, RowDtype::kBfloat16, wire, static_cast<int>(d.rows[0].row_bytes)};
+  return d;
+}
+
 CombineParams Weighted(CombineParams b, const float* weights) {
   b.weights = weights;
   return b;
 }
 
 std::map<std::string, Call> HighThroughput(const Case& c, const std::vector<Arrays>& arrays,
+                                           const std::vector<DispatchParams>& encoded,
                                            const std::vector<const float*>& gates) {
   const int R = c.num_ranks;
   DispatchConfig out;
   CombineConfig back;
   out.num_sms = back.num_sms = c.num_sms;
   return {
-      {"dispatch", [=, &arrays](int r, cudaStream_t s) { return LaunchDispatch(arrays[r].dispatch, R, out, s); }},
+      {"dispatch", [=, &encoded](int r, cudaStream_t s) { return LaunchDispatch(encoded[r], R, out, s); }},
+      {"dispatch_quantized",
+       [=, &arrays](int r, cudaStream_t s) { return LaunchDispatch(arrays[r].dispatch, R, out, s); }},
       {"dispatch_cached",
        [=, &arrays](int r, cudaStream_t s) { return LaunchDispatch(Cached(arrays[r].dispatch), R, out, s); }},
       {"combine", [=, &arrays](int r, cudaStream_t s) { return LaunchCombine(arrays[r].combine, back, s); }},
@@ -180,8 +198,10 @@ std::map<std::string, Call> HighThroughput(const Case& c, const std::vector<Arra
 
 #if JAX_EP_LOW_LATENCY
 // Of a window of each kind of call; 0: the shape is beyond the kernel.
-std::vector<int64_t> LowLatencyBytes(const Arrays& of, const float* gates, int num_ranks, bool combines) {
-  std::vector<int64_t> bytes = {LowLatencyDispatchBytes(of.dispatch, num_ranks),
+std::vector<int64_t> LowLatencyBytes(const Arrays& of, const DispatchParams& encoded, const float* gates, int num_ranks,
+                                     bool combines) {
+  std::vector<int64_t> bytes = {LowLatencyDispatchBytes(encoded, num_ranks),
+                                LowLatencyDispatchBytes(of.dispatch, num_ranks),
                                 LowLatencyDispatchBytes(Cached(of.dispatch), num_ranks)};
   if (combines) {
     bytes.push_back(LowLatencyCombineBytes(of.combine, num_ranks));
@@ -191,6 +211,7 @@ std::vector<int64_t> LowLatencyBytes(const Arrays& of, const float* gates, int n
 }
 
 std::map<std::string, Call> LowLatency(const Case& c, Group& group, const std::vector<Arrays>& arrays,
+                                       const std::vector<DispatchParams>& encoded,
                                        const std::vector<const float*>& gates) {
   const int R = c.num_ranks;
   LowLatencyConfig config;
@@ -204,7 +225,8 @@ std::map<std::string, Call> LowLatency(const Case& c, Group& group, const std::v
     return LaunchLowLatencyCombine(b, {group.arenas(r, LowLatencyCombineBytes(b, R)), Half::kBoth, nullptr}, config, s);
   };
   return {
-      {"dispatch", [=, &arrays](int r, cudaStream_t s) { return dispatch(arrays[r].dispatch, r, s); }},
+      {"dispatch", [=, &encoded](int r, cudaStream_t s) { return dispatch(encoded[r], r, s); }},
+      {"dispatch_quantized", [=, &arrays](int r, cudaStream_t s) { return dispatch(arrays[r].dispatch, r, s); }},
       {"dispatch_cached", [=, &arrays](int r, cudaStream_t s) { return dispatch(Cached(arrays[r].dispatch), r, s); }},
       {"combine", [=, &arrays](int r, cudaStream_t s) { return combine(arrays[r].combine, r, s); }},
       {"combine_weighted",
@@ -220,6 +242,7 @@ std::string Measure(const Request& request) {
   std::ifstream file(request.routing, std::ios::binary);
   std::vector<std::unique_ptr<Memory>> memory;
   std::vector<Arrays> arrays(R);
+  std::vector<DispatchParams> encoded(R);
   std::vector<const float*> gates(R);
   const auto asked = [&](const char* name) {
     return std::find(request.operations.begin(), request.operations.end(), name) != request.operations.end();
@@ -237,6 +260,9 @@ std::string Measure(const Request& request) {
     d.topk_weights = of.Make<float>(c.choices(), 0x3c);
     d.rows[0].x = MakeRows(of, c.num_tokens * c.row_bytes(), r + 1);
     if (c.second_bytes > 0) d.rows[1].x = MakeRows(of, c.num_tokens * c.second_bytes, r + 101);
+    encoded[r] = d;
+    if (request.wire >= 0)
+      encoded[r] = Encoded(d, MakeRows(of, 2 * c.num_tokens * c.row_bytes(), r + 301), request.wire);
     gates[r] = of.Make<float>(c.capacity, 0x3c);
     if (combines) {
       arrays[r].combine.y = MakeRows(of, static_cast<int64_t>(c.capacity) * c.row_bytes(), r + 201);
@@ -244,17 +270,18 @@ std::string Measure(const Request& request) {
     }
     CHECK_CUDA(cudaDeviceSynchronize());
   }
-  const bool fits = DispatchFits(arrays[0].dispatch, R) && (!combines || CombineFits(arrays[0].combine, R));
+  const bool fits = DispatchFits(arrays[0].dispatch, R) && DispatchFits(encoded[0], R) &&
+                    (!combines || CombineFits(arrays[0].combine, R));
   if (!fits) return Failed("beyond the kernel's limits");
   std::map<std::string, Call> calls;
   if (request.mode == "high_throughput") {
-    calls = HighThroughput(c, arrays, gates);
+    calls = HighThroughput(c, arrays, encoded, gates);
 #if JAX_EP_LOW_LATENCY
   } else if (request.mode == "low_latency") {
-    const std::vector<int64_t> sizes = LowLatencyBytes(arrays[0], gates[0], R, combines);
+    const std::vector<int64_t> sizes = LowLatencyBytes(arrays[0], encoded[0], gates[0], R, combines);
     if (std::count(sizes.begin(), sizes.end(), 0) > 0) return Failed("beyond the low-latency kernel's limits");
     for (int64_t bytes : sizes) ranks.group.MakeArenas(bytes);
-    calls = LowLatency(c, ranks.group, arrays, gates);
+    calls = LowLatency(c, ranks.group, arrays, encoded, gates);
 #endif
   } else {
     return Failed("no kernels of mode " + request.mode);

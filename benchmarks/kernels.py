@@ -28,7 +28,7 @@ Row = dict[str, Any]
 
 MODEL_CASES = {case.name.split("/")[0]: case for case in MODELS}
 LAYOUTS = ("rank", "expert", "batched")
-OPERATIONS = ("dispatch", "dispatch_cached", "combine", "combine_weighted", "combine_grad")
+OPERATIONS = ("dispatch", "dispatch_quantized", "dispatch_cached", "combine", "combine_weighted", "combine_grad")
 TOKENS = (1, 8, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
 SMS = (4, 8, 12, 16, 20, 24, 32, 64)
 QUICK = {"tokens": (1, 128, 1024, 8192), "sms": (12, 64)}
@@ -66,8 +66,11 @@ class Point:
         return rows, traffic.row_bytes(self.case, self.wire) - rows
 
     def operations(self, asked: Sequence[str]) -> list[str]:
-        """Those that differ at this point: the way back has no wire, rows of "rank" no gates, low latency no combine_grad."""
-        none = {"combine", "combine_weighted", "combine_grad"} if self.wire else set()
+        """Those that differ at this point: the way back has no wire, rows of "rank" no gates, low latency no combine_grad.
+
+        With a wire dispatch makes values and scales of bf16 rows itself, dispatch_quantized gets them.
+        """
+        none = {"combine", "combine_weighted", "combine_grad"} if self.wire else {"dispatch_quantized"}
         if self.layout == "rank":
             none |= {"combine_weighted", "combine_grad"}
         if self.mode == "low_latency":
@@ -149,7 +152,7 @@ def request(point: Point, operations: Sequence[str], capacity: Row, calls: int, 
     expert_capacity = capacity["expert_capacity"] or 0
     rows = capacity["max_recv_tokens"] or case.num_local_experts * expert_capacity
     sizes = (point.ranks, point.tokens, case.num_topk, case.num_experts, rows, expert_capacity, row_bytes, second_bytes)
-    numbers = (*sizes, point.sms, calls, repeats, int(point.graph))
+    numbers = (*sizes, point.wire or "none", point.sms, calls, repeats, int(point.graph))
     return f"{point.mode} {','.join(operations)} {point.layout} {' '.join(map(str, numbers))} {routing}"
 
 

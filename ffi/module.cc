@@ -100,9 +100,11 @@ int64_t LowLatencyDispatchBytes(int num_ranks, int num_experts, int layout, int 
                                 int max_recv_tokens, const std::vector<int64_t>& row_bytes, bool has_weights,
                                 bool is_routed, bool encodes) {
   if (row_bytes.size() > jax_ep::kMaxRowArrays) return 0;
-  return jax_ep::LowLatencyDispatchBytes(
-      DispatchSizes(num_experts, layout, num_tokens, num_topk, max_recv_tokens, row_bytes, has_weights, is_routed),
-      num_ranks, encodes);
+  static const char row = 0;
+  jax_ep::DispatchParams p =
+      DispatchSizes(num_experts, layout, num_tokens, num_topk, max_recv_tokens, row_bytes, has_weights, is_routed);
+  p.encoding.x = encodes ? &row : nullptr;
+  return jax_ep::LowLatencyDispatchBytes(p, num_ranks);
 }
 
 int64_t DispatchLandingBytes(int num_ranks, int num_experts, int layout, int num_tokens, int num_topk,

@@ -18,7 +18,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jax_ep
-from jax_ep._src import group, tuning
+from jax_ep._src import cuda, group, tuning
 
 if importlib.util.find_spec("jax_plugins") is None or importlib.util.find_spec("jax_plugins.xla_cuda13") is None:
     pytest.skip("needs the wheels jax-cuda13-plugin and jax-cuda13-pjrt", allow_module_level=True)
@@ -129,11 +129,37 @@ def test_remat_repeats_the_dispatch_unless_the_policy_saves_it(mesh):
     assert launches(saved) == ["dispatch", "combine", "combine_grad", "combine"]
 
 
-def test_a_wire_format_sends_values_and_scales_in_one_call(mesh):
+def encoded_dispatch(compiled):
+    """Types of the results and number of the operands of the one dispatch in a module's text."""
+    ((results, operands),) = re.findall(
+        r"= \((.*?)\) custom-call\((.*?)\).*jax_ep_(?:low_latency_)?dispatch\"", compiled.as_text()
+    )
+    return results, operands.count("%")
+
+
+@pytest.mark.parametrize("wire", ["fp8", "fp8_ue8m0", "mxfp8"])
+@pytest.mark.parametrize("mode", ["high_throughput", "low_latency"])
+def test_kernels_encode_a_wire_format_themselves(mesh, mode, wire):
+    compiled = compile_for_gpus(mesh, network(mesh, wire=wire, mode=mode))
+    prefix = "low_latency_" if mode == "low_latency" else ""
+    assert launches(compiled) == [f"{prefix}dispatch", f"{prefix}combine"]
+    results, num_operands = encoded_dispatch(compiled)
+    assert f"f8e4m3fn[{5 * T},{H}]" in results and num_operands == 3  # x, weights, topk_idx
+
+
+def test_the_derivative_of_a_wire_format_launches_each_call_once(mesh):
     compiled = compile_for_gpus(mesh, gradient(network(mesh, wire="fp8")))
     assert launches(compiled) == ["dispatch", "combine", "combine_grad", "combine"]
-    (dispatch,) = re.findall(r"= \((.*?)\) custom-call.*jax_ep_dispatch\"", compiled.as_text())
-    assert f"f8e4m3fn[{5 * T},{H}]" in dispatch and f"f32[{5 * T},{H // 128}]" in dispatch
+    results, _ = encoded_dispatch(compiled)
+    assert f"f8e4m3fn[{5 * T},{H}]" in results and f"f32[{5 * T},{H // 128}]" in results
+
+
+def test_rows_too_long_for_the_encoders_are_encoded_by_xla(mesh, monkeypatch):
+    monkeypatch.setattr(cuda, "MAX_ENCODED_HIDDEN", H - 16)
+    compiled = compile_for_gpus(mesh, network(mesh, wire="fp8"))
+    assert launches(compiled) == ["dispatch", "combine"]
+    results, num_operands = encoded_dispatch(compiled)
+    assert f"f8e4m3fn[{5 * T},{H}]" in results and num_operands == 4  # values and scales instead of x
 
 
 @pytest.mark.parametrize("layout", ["expert", "rank", "batched"])
@@ -143,14 +169,6 @@ def test_few_tokens_are_served_by_low_latency_kernels(mesh, mode, layout, monkey
     compiled = compile_for_gpus(mesh, network(mesh, layout=layout, mode=mode))
     assert launches(compiled) == ["low_latency_dispatch", "low_latency_combine"]
     assert collectives(compiled) == []
-
-
-@pytest.mark.parametrize("wire", ["fp8", "fp8_ue8m0", "mxfp8"])
-def test_low_latency_kernels_encode_a_wire_format_themselves(mesh, wire):
-    compiled = compile_for_gpus(mesh, network(mesh, wire=wire, mode="low_latency"))
-    assert launches(compiled) == ["low_latency_dispatch", "low_latency_combine"]
-    (dispatch,) = re.findall(r"= \((.*?)\) custom-call\((.*?)\).*low_latency_dispatch\"", compiled.as_text())
-    assert f"f8e4m3fn[{5 * T},{H}]" in dispatch[0] and "f8e" not in dispatch[1]
 
 
 @pytest.mark.parametrize("wire", [None, "fp8"])

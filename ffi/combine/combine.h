@@ -10,11 +10,10 @@
 
 #include <cstdint>
 
+#include "common/row_dtype.h"
 #include "group/window.h"
 
 namespace jax_ep {
-
-enum class RowDtype : int { kBfloat16, kFloat16, kFloat32 };
 
 struct CombineParams {
   const GroupView* group;

@@ -327,8 +327,10 @@ class LaneEncoder {
   // Writes what was loaded as values, and the group's scale; `amax` is that of the whole group.
   template <bool kWhole>
   __host__ __device__ __forceinline__ void Store(uint32_t amax) {
-    if (!kWhole && first_ >= hidden_) return;
-    const Scale scale = ScaleOf<kWire>(amax);
+    if (kWhole || first_ < hidden_) Store<kWhole>(ScaleOf<kWire>(amax));
+  }
+  template <bool kWhole>
+  __host__ __device__ __forceinline__ void Store(const Scale& scale) {
     uint32_t codes[kVectors][kPerWord];
 #pragma unroll
     for (int i = 0; i < kVectors; ++i) EncodeVector<T>(x_[i], scale.inverse, codes[i]);
@@ -375,15 +377,20 @@ class LaneEncoder {
   uint32_t x_[kVectors][4];
 };
 
-// Of a step that has been loaded.
-template <bool kWhole, Wire kWire, class T>
-__device__ __forceinline__ void EncodeLoaded(LaneEncoder<kWire, T>& lane) {
+// The group's, of a step that has been loaded.
+template <Wire kWire, class T>
+__device__ __forceinline__ uint32_t GroupAmax(const LaneEncoder<kWire, T>& lane) {
   uint32_t amax = lane.Amax();
 #pragma unroll
   for (int distance = GroupColumns(kWire) / kLaneColumns / 2; distance > 0; distance /= 2) {
     amax = Greater(amax, __shfl_xor_sync(~0u, amax, distance));
   }
-  lane.template Store<kWhole>(amax);
+  return amax;
+}
+
+template <bool kWhole, Wire kWire, class T>
+__device__ __forceinline__ void EncodeLoaded(LaneEncoder<kWire, T>& lane) {
+  lane.template Store<kWhole>(GroupAmax(lane));
 }
 
 template <bool kWhole, Wire kWire, class T>
@@ -403,6 +410,18 @@ __device__ __forceinline__ void EncodeRow(const char* row, int hidden, char* val
   __builtin_assume(__isShared(scales));
   LaneEncoder<kWire, T> lane(row, hidden, values, scales, threadIdx.x % 32, part);
   int step = part;
+  // Two steps side by side: what waits for the one is filled by the other.
+  for (; (step + num_parts + 1) * kStepColumns <= hidden; step += 2 * num_parts) {
+    LaneEncoder<kWire, T> next = lane;
+    next.Advance(num_parts);
+    lane.template Load<true>();
+    next.template Load<true>();
+    const uint32_t amax = GroupAmax(lane), next_amax = GroupAmax(next);
+    const Scale scale = ScaleOf<kWire>(amax), next_scale = ScaleOf<kWire>(next_amax);
+    lane.template Store<true>(scale);
+    next.template Store<true>(next_scale);
+    lane.Advance(2 * num_parts);
+  }
   for (; (step + 1) * kStepColumns <= hidden; step += num_parts) {
     EncodeStep<true>(lane);
     lane.Advance(num_parts);

@@ -4,6 +4,7 @@
 //   zero rows    padding of groups and the tail
 //   fan-out      a peer's row, once its chunk is here (arrived), to the further experts that chose it
 //
+// With an encoding own tokens come from the senders too: then the rank is one of those whose rows fan out.
 // A warp takes the next piece of work of each kind as it comes free: those beside senders are slower than the others.
 #pragma once
 
@@ -204,10 +205,11 @@ __device__ __noinline__ static void WriteRowsOfDead(const DispatchPlan& plan, co
 }
 
 // All of a copying warp's work.
+template <bool kEncodes>
 __device__ inline void CopyRows(const DispatchPlan& plan, const Call& call, DispatchShared& shared,
                                 const ZeroRows& zero, const char* zeros, char* stages, int warp) {
   const DispatchParams& p = plan.params;
-  const int lane = threadIdx.x % 32, num_lanes = plan.num_lanes(), num_peers = call.num_ranks - 1;
+  const int lane = threadIdx.x % 32, num_lanes = plan.num_lanes(), num_sources = call.num_ranks - (kEncodes ? 0 : 1);
   const int64_t choices = static_cast<int64_t>(p.num_tokens) * p.num_topk;
   const int longest = (p.num_tokens + num_lanes - 1) / num_lanes;
   CopyPipe pipe(plan, shared, stages, warp);
@@ -237,7 +239,7 @@ __device__ inline void CopyRows(const DispatchPlan& plan, const Call& call, Disp
   };
 
   bool came = true;
-  if (p.num_row_arrays > 0) {
+  if (!kEncodes && p.num_row_arrays > 0) {
     for (unsigned int i; came && (i = own_rows.Next()) < static_cast<unsigned int>(longest * num_lanes);) {
       const int step = static_cast<int>(i) / num_lanes, sending_lane = static_cast<int>(i) - step * num_lanes;
       const int block = sending_lane / kSendWarps, token = token_of(step, sending_lane);
@@ -251,12 +253,12 @@ __device__ inline void CopyRows(const DispatchPlan& plan, const Call& call, Disp
   }
   if (came) WriteZeroRows(plan, zero, zeros, zero_rows);
   if (came && call.dead != 0 && p.operation == kDispatchCached) WriteRowsOfDead(plan, call, zeros, warp);
-  if (came && p.num_row_arrays > 0 && plan.copies_on() && num_peers > 0) {
-    const auto num_jobs = static_cast<unsigned int>(longest * num_lanes) * num_peers;  // < 2 * choices of the ranks
+  if (came && p.num_row_arrays > 0 && plan.copies_on() && num_sources > 0) {
+    const auto num_jobs = static_cast<unsigned int>(longest * num_lanes) * num_sources;  // < 2 * choices of the ranks
     for (unsigned int i; came && (i = copies.Next()) < num_jobs;) {
-      const int all_lanes = static_cast<int>(i / num_peers), nth = static_cast<int>(i) - all_lanes * num_peers;
+      const int all_lanes = static_cast<int>(i / num_sources), nth = static_cast<int>(i) - all_lanes * num_sources;
       const int step = all_lanes / num_lanes, sending_lane = all_lanes - step * num_lanes;
-      const int source = (call.rank + num_peers - nth) % call.num_ranks, token = token_of(step, sending_lane);
+      const int source = (call.rank + num_sources - nth) % call.num_ranks, token = token_of(step, sending_lane);
       if (token < 0 || !call.Reaches(source)) continue;
       const int chunk = sending_lane * plan.chunks_per_lane + step / plan.chunk_tokens;
       came = await(&call.window->arrived[source][chunk], kDone, source, chunk);

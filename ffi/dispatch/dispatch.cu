@@ -1,7 +1,8 @@
 // The dispatch kernel and its launcher: see dispatch.h for the contract, docs/protocol.md for the order of events.
 //
 //   blocks < num_send_blocks   warps 0, 1 send; warps 2.. route, then warp 2 publishes and leaves, warps 3.. copy
-//   other blocks               all warps copy
+//                              warps 8.., with an encoding: 4 a sending warp, encode
+//   other blocks               warps 0..7 copy
 #include <algorithm>
 
 #include "dispatch/copy.cuh"
@@ -12,13 +13,15 @@ namespace jax_ep {
 namespace {
 
 constexpr int kMaxSendPiece = 14336, kMaxCopyPiece = 8192, kMaxZeroBytes = 4096;
+constexpr int kMaxEncodedPiece = 16384, kMaxEncodedCopyPiece = 4096;
 // A block's limit less the static part, to which a few more words belong.
 constexpr int64_t kMaxDynamicShared = (232448 - int64_t{sizeof(DispatchShared)} - 256) / 128 * 128;
 
+template <int kThreads>
 __device__ void ClearResults(const DispatchPlan& plan, const Call& call) {
   const DispatchParams& p = plan.params;
   const auto clear = [](void* bytes, int64_t num_bytes, int value) {
-    for (int64_t i = threadIdx.x; i < num_bytes / 4; i += kDispatchThreads) static_cast<int32_t*>(bytes)[i] = value;
+    for (int64_t i = threadIdx.x; i < num_bytes / 4; i += kThreads) static_cast<int32_t*>(bytes)[i] = value;
     if (threadIdx.x < num_bytes % 4) static_cast<char*>(bytes)[num_bytes / 4 * 4 + threadIdx.x] = 0;
   };
   const int64_t rows = p.max_recv_tokens, choices = static_cast<int64_t>(p.num_tokens) * p.num_topk;
@@ -60,7 +63,10 @@ __device__ void SendCachedWeights(const DispatchPlan& plan, const Call& call, co
 // All routing warps of a send block. A release of what they wrote to the publisher among them.
 __device__ __forceinline__ void SyncRouteWarps() { asm volatile("bar.sync 1, %0;" ::"n"(32 * kRouteWarps) : "memory"); }
 
-__global__ void __launch_bounds__(kDispatchThreads, 1) DispatchKernel(const __grid_constant__ DispatchPlan plan) {
+template <bool kEncodes>
+__global__ void __launch_bounds__(DispatchThreads(kEncodes), 1)
+    DispatchKernel(const __grid_constant__ DispatchPlan plan) {
+  constexpr int kThreads = DispatchThreads(kEncodes);
   extern __shared__ __align__(128) char dynamic[];
   __shared__ DispatchShared shared;
   const DispatchParams& p = plan.params;
@@ -69,27 +75,25 @@ __global__ void __launch_bounds__(kDispatchThreads, 1) DispatchKernel(const __gr
   const bool send_block = block < plan.num_send_blocks, cached = p.operation == kDispatchCached;
   const bool sender = send_block && warp < kSendWarps && p.num_row_arrays > 0;
   char* const send_stages = dynamic + plan.stages_offset;
-  char* const copy_stages = send_stages + (send_block ? kSendWarps * plan.send.stages * plan.send.stride : 0);
+  char* const copy_stages = send_stages + (send_block ? kSendWarps * plan.send_bytes : 0);
   const NotifyShared notify(plan, copy_stages, call.num_ranks);
   const ZeroRows zero(plan, dynamic + plan.zero_rows_offset, call.num_ranks);
 
-  for (int i = threadIdx.x; i < plan.zero_bytes / 16; i += kDispatchThreads)
-    reinterpret_cast<int4*>(dynamic)[i] = int4{};
+  for (int i = threadIdx.x; i < plan.zero_bytes / 16; i += kThreads) reinterpret_cast<int4*>(dynamic)[i] = int4{};
   if (threadIdx.x < kSendWarps) shared.sent[threadIdx.x] = shared.published[threadIdx.x] = 0;
   if (threadIdx.x < kRouteWarps) shared.slotted[threadIdx.x] = 0;
   if (static_cast<int>(threadIdx.x) <= plan.num_lanes()) shared.lane_begin[threadIdx.x] = plan.TokenBegin(threadIdx.x);
-  for (int i = threadIdx.x; i < kSendWarps * kMaxSendStages; i += kDispatchThreads)
-    InitMbarrier(&shared.send_full[0][0] + i);
-  for (int i = threadIdx.x; i < kDispatchWarps * kMaxCopyStages; i += kDispatchThreads)
+  for (int i = threadIdx.x; i < kSendWarps * kMaxSendStages; i += kThreads) InitMbarrier(&shared.send_full[0][0] + i);
+  for (int i = threadIdx.x; i < kDispatchWarps * kMaxCopyStages; i += kThreads)
     InitMbarrier(&shared.copy_full[0][0] + i);
   FenceMbarrierInit();
   if (p.refused && threadIdx.x == 0) Refuse(call);
   const bool takes_part = __syncthreads_and(!p.refused && !HasFailed(call) && !call.IsDead(call.rank));
 
-  Sender rows(plan, call, shared, send_stages);
+  Sender<kEncodes> rows(plan, call, shared, send_stages);
   if (sender && takes_part) rows.Begin();
   if (send_block && takes_part) {
-    if (!cached) CountTokens(plan, call, notify, shared);
+    if (!cached) CountTokens<kThreads>(plan, call, notify, shared);
     if (call.Reaches(threadIdx.x)) {
       Mail* mail = &call.Peer(threadIdx.x)->mail[call.parity][call.rank][block];
       mail->address[kRecvRows] = reinterpret_cast<uint64_t>(p.rows[0].recv);
@@ -102,9 +106,9 @@ __global__ void __launch_bounds__(kDispatchThreads, 1) DispatchKernel(const __gr
     if (warp == kPublishWarp) Post(call, block);
   }
   bool met = takes_part;
-  if (met && (send_block || !cached)) met = Meet(plan, call, shared);
+  if (met && (send_block || !cached)) met = Meet<kThreads>(plan, call, shared);
   __syncthreads();
-  if (met && !cached) PlaceExperts(plan, call, notify);
+  if (met && !cached) PlaceExperts<kThreads>(plan, call, notify);
 
   if (send_block && warp < kSendWarps) {
     if (sender && met) {
@@ -113,6 +117,12 @@ __global__ void __launch_bounds__(kDispatchThreads, 1) DispatchKernel(const __gr
       rows.Abandon();
     } else if (threadIdx.x % 32 == 0) {
       StoreReleaseShared(&shared.sent[warp], met ? kSenderDone : kSenderDone | kSenderGone);
+    }
+  } else if (kEncodes && warp >= kDispatchWarps) {
+    if (!send_block) {
+      __syncthreads();  // the copiers' below
+    } else if (met) {
+      EncodeRows(plan, shared, send_stages, warp - kDispatchWarps);
     }
   } else {
     if (met && warp == kDispatchWarps - 1) {
@@ -136,11 +146,11 @@ __global__ void __launch_bounds__(kDispatchThreads, 1) DispatchKernel(const __gr
     if (send_block && warp == kPublishWarp) {
       Publish(plan, call, shared, met);
     } else if (met) {
-      CopyRows(plan, call, shared, zero, dynamic, copy_stages, send_block ? warp - kFirstCopyWarp : warp);
+      CopyRows<kEncodes>(plan, call, shared, zero, dynamic, copy_stages, send_block ? warp - kFirstCopyWarp : warp);
     }
   }
   if (IsLastBlock(call)) {
-    if (HasFailed(call) || call.IsDead(call.rank)) ClearResults(plan, call);
+    if (HasFailed(call) || call.IsDead(call.rank)) ClearResults<kThreads>(plan, call);
     if (threadIdx.x < 2 * kMaxSendBlocks) call.window->taken_chunks[threadIdx.x] = 0;
     if (threadIdx.x == 0) call.window->taken_own_rows = call.window->taken_zero_rows = call.window->taken_copies = 0;
     EndCall(call);
@@ -161,6 +171,22 @@ Pieces Split(int64_t row_bytes, int64_t second_bytes, int limit, int bytes, int 
   return pieces;
 }
 
+// The same of the rows that encoders read, in pieces of about `limit` bytes; and what they write.
+void SplitEncoded(DispatchPlan* plan, int limit, int bytes) {
+  const Encoding& encoding = plan->params.encoding;
+  const int num = (encoding.hidden * encoding.elem_bytes() + limit - 1) / limit;
+  const int columns = (encoding.hidden + num - 1) / num;
+  plan->piece_columns = num > 1 ? RoundUp(columns, kStepColumns) : encoding.hidden;
+  Pieces& pieces = plan->send;
+  pieces.bytes = plan->piece_columns * encoding.elem_bytes();
+  pieces.per_row = (encoding.hidden + plan->piece_columns - 1) / plan->piece_columns;
+  pieces.second_bytes = 0;
+  pieces.stride = RoundUp(pieces.bytes, 128);
+  pieces.stages = std::min(std::max(bytes / pieces.stride, 3), kMaxSendStages);
+  plan->slots = 3;
+  plan->slot_stride = RoundUp(encoding.hidden + plan->params.rows[1].row_bytes, 128);
+}
+
 }  // namespace
 
 bool DispatchFits(const DispatchParams& p, int num_ranks) {
@@ -168,20 +194,27 @@ bool DispatchFits(const DispatchParams& p, int num_ranks) {
   if (num_ranks > kMaxRanks || p.num_topk > kMaxTopk || p.num_experts + num_ranks > kMaxBins) return false;
   if (choices >= 1ll << 31 || static_cast<int64_t>(num_ranks) * p.max_recv_tokens >= 1ll << 31) return false;
   if (p.num_tokens >= kMaxSteps) return false;
+  if (p.encoding.x != nullptr && (p.num_row_arrays != 2 || p.encoding.hidden > kMaxEncodedHidden)) return false;
   if (p.num_row_arrays > kMaxRowArrays || (p.num_row_arrays > 0 && p.rows[0].row_bytes % 16 != 0)) return false;
   return p.max_recv_tokens > 0 && p.num_tokens > 0;
 }
 
 cudaError_t LoadDispatch() {
-  cudaFuncAttributes attributes;
-  if (cudaError_t error = cudaFuncGetAttributes(&attributes, DispatchKernel); error != cudaSuccess) return error;
-  return cudaFuncSetAttribute(DispatchKernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kMaxDynamicShared);
+  for (const auto kernel : {DispatchKernel<false>, DispatchKernel<true>}) {
+    cudaFuncAttributes attributes;
+    if (cudaError_t error = cudaFuncGetAttributes(&attributes, kernel); error != cudaSuccess) return error;
+    const cudaError_t error =
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kMaxDynamicShared);
+    if (error != cudaSuccess) return error;
+  }
+  return cudaSuccess;
 }
 
 cudaError_t LaunchDispatch(const DispatchParams& params, int num_ranks, const DispatchConfig& config,
                            cudaStream_t stream) {
-  DispatchPlan plan;
+  DispatchPlan plan{};
   plan.params = params;
+  const bool encodes = plan.encodes();
   const int num_blocks = std::max(1, std::min(config.num_sms, kMaxLanes));
   // To more peers a row that is loaded once leaves several times, so fewer senders fill the link.
   const int send_blocks = config.num_send_blocks > 0 ? config.num_send_blocks : num_ranks == 2 ? 16 : 12;
@@ -193,8 +226,17 @@ cudaError_t LaunchDispatch(const DispatchParams& params, int num_ranks, const Di
   plan.num_bins = params.num_experts + (params.layout == Layout::kRank ? num_ranks : 0);
   const int64_t row_bytes = params.num_row_arrays > 0 ? params.rows[0].row_bytes : 16;
   const int64_t second_bytes = params.num_row_arrays > 1 ? params.rows[1].row_bytes : 0;
-  plan.send = Split(row_bytes, second_bytes, kMaxSendPiece, config.send_bytes_in_flight, 3, kMaxSendStages);
-  plan.copy = Split(row_bytes, second_bytes, kMaxCopyPiece, 24576, 3, kMaxCopyStages);
+  if (encodes) {
+    plan.x = params.encoding.x;
+    plan.x_row_bytes = int64_t{params.encoding.hidden} * params.encoding.elem_bytes();
+    SplitEncoded(&plan, kMaxEncodedPiece, config.send_bytes_in_flight);
+  } else {
+    plan.x = params.rows[0].x;
+    plan.x_row_bytes = params.rows[0].row_bytes;
+    plan.send = Split(row_bytes, second_bytes, kMaxSendPiece, config.send_bytes_in_flight, 3, kMaxSendStages);
+  }
+  const int copy_piece = encodes ? kMaxEncodedCopyPiece : kMaxCopyPiece;
+  plan.copy = Split(row_bytes, second_bytes, copy_piece, 24576, 3, kMaxCopyStages);
   plan.zero_bytes = static_cast<int>(std::min<int64_t>(row_bytes, kMaxZeroBytes));
   const int num_local = params.num_experts / num_ranks;
   plan.zero_rows_offset = RoundUp(plan.zero_bytes, 16);
@@ -202,20 +244,30 @@ cudaError_t LaunchDispatch(const DispatchParams& params, int num_ranks, const Di
   const int64_t scratch = std::max(kRouteWarps * 32 * num_ranks, params.num_experts + num_ranks);
   const int64_t notify_bytes = 4 * ((kRouteWarps + 2ll) * plan.num_bins + scratch);
   const auto shared_bytes = [&] {
-    const int64_t send_bytes = static_cast<int64_t>(kSendWarps) * plan.send.stages * plan.send.stride;
+    plan.send_bytes = plan.send.stages * plan.send.stride + plan.slots * plan.slot_stride;
     const int64_t copy_bytes = static_cast<int64_t>(plan.copy.stages) * plan.copy.stride;
     const int copy_warps = kDispatchWarps - kFirstCopyWarp;
-    const int64_t send_block = send_bytes + std::max(copy_warps * copy_bytes, notify_bytes);
+    const int64_t send_block = int64_t{kSendWarps} * plan.send_bytes + std::max(copy_warps * copy_bytes, notify_bytes);
     const int64_t copy_block = std::max(kDispatchWarps * copy_bytes, notify_bytes);
     return plan.stages_offset + std::max(send_block, num_blocks > plan.num_send_blocks ? copy_block : 0);
   };
-  while (shared_bytes() > kMaxDynamicShared && plan.copy.stages > 2) --plan.copy.stages;
-  while (shared_bytes() > kMaxDynamicShared && plan.send.stages > 2) --plan.send.stages;
+  const auto shrink = [&](int* count, int least) {
+    while (shared_bytes() > kMaxDynamicShared && *count > least) --*count;
+  };
+  shrink(&plan.copy.stages, encodes ? 3 : 2);
+  shrink(&plan.slots, 2);
+  shrink(&plan.send.stages, 2);
+  shrink(&plan.copy.stages, 2);
+  for (int piece = kMaxEncodedPiece / 2; encodes && shared_bytes() > kMaxDynamicShared && piece > 1024; piece /= 2) {
+    SplitEncoded(&plan, piece, 0);
+    plan.slots = plan.send.stages = 2;
+  }
   const int64_t free_bytes =
       (kDispatchWarps - kFirstCopyWarp) * int64_t{plan.copy.stages} * plan.copy.stride - notify_bytes;
   const int64_t block_tokens = (params.num_tokens + plan.num_send_blocks - 1) / plan.num_send_blocks + 1;
   plan.staged_choices = static_cast<int>(std::clamp<int64_t>(free_bytes / 8, 0, block_tokens * params.num_topk));
-  DispatchKernel<<<num_blocks, kDispatchThreads, shared_bytes(), stream>>>(plan);
+  const auto kernel = encodes ? DispatchKernel<true> : DispatchKernel<false>;
+  kernel<<<num_blocks, DispatchThreads(encodes), shared_bytes(), stream>>>(plan);
   return cudaGetLastError();
 }
 

@@ -2,6 +2,7 @@
 // on to its further experts. dispatch_cached does the same along a known routing, notify gives the routing alone.
 //
 //   sender     waits for every rank's post, stores rows into the peers' results, releases progress
+//   encoder    makes values and scales of a sender's rows, with an encoding
 //   copier     own tokens, zero rows; acquires progress, copies arrived rows to further experts
 //
 // docs/protocol.md draws this. T tokens, K choices, E experts, L = E/R local ones, C rows of the result, R ranks.
@@ -11,6 +12,7 @@
 
 #include <cstdint>
 
+#include "common/row_dtype.h"
 #include "group/window.h"
 
 namespace jax_ep {
@@ -20,12 +22,24 @@ enum class Layout : int { kExpert, kRank, kBatched };
 constexpr int kMaxRowArrays = 2;
 constexpr int kMaxTopk = 32;  // one warp lane a choice
 constexpr int kLost = -2;     // less the rank: the slot of a choice whose rank is masked. Like -1 it is no row
+constexpr int kMaxEncodedHidden = 16384;
 
 // One array of rows, moved as bytes. The first array's rows are a multiple of 16 bytes.
 struct RowArray {
   const char* x;  // [T, row_bytes]
   char* recv;     // [C, row_bytes]
   int64_t row_bytes;
+};
+
+// Rows that the senders encode: rows[0] and rows[1] are what device/quantize.cuh makes of x, values and scales, and
+// have no x of their own.
+struct Encoding {
+  const char* x;  // [T, hidden], or null: rows travel as they are
+  RowDtype dtype;
+  int wire;  // a Wire of device/quantize.cuh
+  int hidden;
+
+  __host__ __device__ int elem_bytes() const { return dtype == RowDtype::kFloat32 ? 4 : 2; }
 };
 
 struct DispatchParams {
@@ -36,6 +50,7 @@ struct DispatchParams {
   int num_tokens, num_topk, num_experts, max_recv_tokens, expert_alignment, expert_capacity;
   int num_row_arrays;
   RowArray rows[kMaxRowArrays];
+  Encoding encoding;          // of a kDispatch
   const int32_t* topk_idx;    // [T, K], not with kDispatchCached
   const float* topk_weights;  // [T, K] or null
   int32_t* slot;              // [T, K], result (operand of kDispatchCached)
@@ -55,7 +70,7 @@ struct DispatchConfig {
 bool DispatchFits(const DispatchParams& params, int num_ranks);
 cudaError_t LaunchDispatch(const DispatchParams& params, int num_ranks, const DispatchConfig& config,
                            cudaStream_t stream);
-// Loads the kernel on the current device, so that its first launch allocates nothing.
+// Loads the kernels on the current device, so that their first launch allocates nothing.
 cudaError_t LoadDispatch();
 
 }  // namespace jax_ep

@@ -1,6 +1,6 @@
 // The routing of a dispatch: counts out, counts in, final places by prefix sums.
 // All threads of a block call these in order: CountTokens, Meet, PlaceExperts; then the routing warps WriteSlots, while
-// the senders of the block follow them with rows. Only send blocks count and write slots.
+// the senders of the block follow them with rows. Only send blocks count and write slots. Blocks have kThreads threads.
 #pragma once
 
 #include "device/warp.cuh"
@@ -42,13 +42,14 @@ struct NotifyShared {
 
 // The routing warps count their tokens, the block puts the counts into every rank's window. Ends with the block
 // synchronised, ready to post.
+template <int kThreads>
 __device__ inline void CountTokens(const DispatchPlan& plan, const Call& call, const NotifyShared& notify,
                                    const DispatchShared& shared) {
   constexpr int kBatch = 8;  // loads on their way at once: one after another they would take 1 µs each
   const DispatchParams& p = plan.params;
   const int lane = threadIdx.x % 32, warp = static_cast<int>(threadIdx.x / 32) - kSendWarps;
   const int num_experts = p.num_experts, experts_per_rank = num_experts / call.num_ranks, num_topk = p.num_topk;
-  if (warp >= 0) {
+  if (warp >= 0 && warp < kRouteWarps) {
     int32_t* hist = notify.hist + warp * plan.num_bins;
     for (int bin = lane; bin < plan.num_bins; bin += 32) hist[bin] = 0;
     __syncwarp();
@@ -85,7 +86,7 @@ __device__ inline void CountTokens(const DispatchPlan& plan, const Call& call, c
     }
   }
   __syncthreads();
-  for (int bin = threadIdx.x; bin < plan.num_bins; bin += kDispatchThreads) {
+  for (int bin = threadIdx.x; bin < plan.num_bins; bin += kThreads) {
     int count = 0;
     for (int w = 0; w < kRouteWarps; ++w) count += notify.hist[w * plan.num_bins + bin];
     for (int i = 0; i < call.num_ranks; ++i) {
@@ -97,18 +98,19 @@ __device__ inline void CountTokens(const DispatchPlan& plan, const Call& call, c
 }
 
 // Waits for the posts that this block needs and copies the peers' addresses. False: some rank did not come.
+template <int kThreads>
 __device__ inline bool Meet(const DispatchPlan& plan, const Call& call, DispatchShared& shared) {
   const bool cached = plan.params.operation == kDispatchCached;
   const int num_lanes = cached ? 1 : plan.num_send_blocks;
   bool met = true;
-  for (int i = threadIdx.x; i < call.num_ranks * num_lanes; i += kDispatchThreads) {
+  for (int i = threadIdx.x; i < call.num_ranks * num_lanes; i += kThreads) {
     const int peer = i / num_lanes, lane = cached ? blockIdx.x : i % num_lanes;
     if (!call.Reaches(peer)) continue;
     met &= Await(call, &call.window->post[call.parity][peer][lane], kPosted, kMeet, peer, lane);
   }
   met = __syncthreads_and(met);
   const int mail_lane = static_cast<int>(blockIdx.x) < plan.num_send_blocks ? blockIdx.x : 0;
-  for (int i = threadIdx.x; i < call.num_ranks * kNumAddresses; i += kDispatchThreads) {
+  for (int i = threadIdx.x; i < call.num_ranks * kNumAddresses; i += kThreads) {
     const int peer = i / kNumAddresses, address = i % kNumAddresses;
     if (!call.Reaches(peer)) continue;
     shared.address[peer][address] =
@@ -134,12 +136,13 @@ __device__ inline int ScanGroups(const int32_t* total, int32_t* first, int n, in
 
 // From everybody's counts: totals, and in a send block the next row of each (warp, bin). The last block writes the
 // result `counts`, for which alone layout "rank" needs the experts.
+template <int kThreads>
 __device__ inline void PlaceExperts(const DispatchPlan& plan, const Call& call, const NotifyShared& notify) {
   const DispatchParams& p = plan.params;
   const bool sends = static_cast<int>(blockIdx.x) < plan.num_send_blocks, is_last = blockIdx.x == gridDim.x - 1;
   const int num_local = p.num_experts / call.num_ranks, warp = threadIdx.x / 32;
   const int first_bin = p.layout == Layout::kRank && !is_last ? p.num_experts : 0;
-  for (int bin = first_bin + static_cast<int>(threadIdx.x); bin < plan.num_bins; bin += kDispatchThreads) {
+  for (int bin = first_bin + static_cast<int>(threadIdx.x); bin < plan.num_bins; bin += kThreads) {
     int total = 0, before = 0;
     for (int source = 0; source < call.num_ranks; ++source) {
       if (!call.Reaches(source)) continue;
@@ -162,13 +165,13 @@ __device__ inline void PlaceExperts(const DispatchPlan& plan, const Call& call, 
   int32_t* first = notify.token_row;
   int32_t* ends = first + p.num_experts;
   if (p.layout == Layout::kExpert) {
-    for (int rank = warp; rank < call.num_ranks; rank += kDispatchWarps) {
+    for (int rank = warp; rank < call.num_ranks; rank += kThreads / 32) {
       const int end =
           ScanGroups(notify.total + rank * num_local, first + rank * num_local, num_local, p.expert_alignment);
       if (threadIdx.x % 32 == 0) ends[rank] = end;
     }
   } else {
-    for (int e = threadIdx.x; e < p.num_experts; e += kDispatchThreads) first[e] = e % num_local * p.expert_capacity;
+    for (int e = threadIdx.x; e < p.num_experts; e += kThreads) first[e] = e % num_local * p.expert_capacity;
     if (p.layout == Layout::kBatched && warp == 0) {
       int end = 0;
       for (int e = threadIdx.x; e < num_local; e += 32) end += notify.total[call.rank * num_local + e];
@@ -178,14 +181,13 @@ __device__ inline void PlaceExperts(const DispatchPlan& plan, const Call& call, 
   }
   __syncthreads();
   if (is_last) {
-    for (int e = threadIdx.x; e < num_local; e += kDispatchThreads)
-      p.counts[e] = notify.total[call.rank * num_local + e];
+    for (int e = threadIdx.x; e < num_local; e += kThreads) p.counts[e] = notify.total[call.rank * num_local + e];
     if (threadIdx.x == 0) {
       p.counts[num_local] = p.layout == Layout::kRank ? notify.total[p.num_experts + call.rank] : ends[call.rank];
     }
   }
   if (sends) {
-    for (int bin = first_bin + static_cast<int>(threadIdx.x); bin < plan.num_bins; bin += kDispatchThreads) {
+    for (int bin = first_bin + static_cast<int>(threadIdx.x); bin < plan.num_bins; bin += kThreads) {
       int row = notify.before[bin] + (bin < p.num_experts ? first[bin] : 0);
       for (int w = 0; w < kRouteWarps; ++w) {
         int32_t* next = &notify.hist[w * plan.num_bins + bin];

@@ -7,7 +7,7 @@
 namespace jax_ep {
 
 constexpr int kDispatchWarps = 8;
-constexpr int kDispatchThreads = 32 * kDispatchWarps;
+constexpr int kEncoders = 4;                              // warps besides that encode what one sending warp sends
 constexpr int kSendWarps = 2;                             // warps 0, 1 of a send block
 constexpr int kPublishWarp = 2;                           // of a send block
 constexpr int kFirstCopyWarp = 3;                         // of a send block; in the other blocks every warp copies
@@ -31,6 +31,10 @@ struct Tokens {
   int begin, end;
 };
 
+constexpr __host__ __device__ int DispatchThreads(bool encodes) {
+  return 32 * (kDispatchWarps + (encodes ? kSendWarps * kEncoders : 0));
+}
+
 // Sending lane s, a sending warp, begins with tokens [TokenBegin(s), TokenBegin(s + 1)), chunk after chunk, then helps
 // others with theirs. A chunk is a lane's next chunk_tokens tokens, the last one shorter.
 struct DispatchPlan {
@@ -38,7 +42,13 @@ struct DispatchPlan {
   int num_send_blocks, num_bins;
   int chunk_tokens, chunks_per_lane;
   int staged_choices;  // of a block, in shared memory
+  const char* x;       // what the senders load, [T, x_row_bytes]
+  int64_t x_row_bytes;
   Pieces send, copy;
+  // With an encoding: columns of a piece, whole steps of a group if there are more than one; whole rows in shared
+  // memory, values and behind them scales, that a sender has beside its stages; 2 or 3 of them.
+  int piece_columns, slots, slot_stride;
+  int send_bytes;                       // of a sending warp's stages and slots
   int zero_bytes;                       // of shared memory that stay zero
   int zero_rows_offset, stages_offset;  // into dynamic shared memory
 
@@ -46,6 +56,7 @@ struct DispatchPlan {
   __host__ __device__ int TokenBegin(int lane) const {
     return static_cast<int>(static_cast<int64_t>(lane) * params.num_tokens / num_lanes());
   }
+  bool encodes() const { return params.encoding.x != nullptr; }
   // Are there rows that are copied on to further experts of the same rank?
   __device__ bool copies_on() const { return params.layout != Layout::kRank && params.num_topk > 1; }
 };
@@ -55,7 +66,7 @@ enum Address { kRecvRows, kRecvRows1, kRecvWeights, kRecvSlot, kRecvTopkIdx };
 // A chunk that a sender has taken.
 struct Chunk {
   Tokens tokens;
-  uint32_t end;  // of the pieces that this sender sends
+  uint32_t end;  // of the stores of this sender: a piece each, an encoded row
 };
 
 // Static shared memory of a block.
@@ -71,6 +82,7 @@ struct DispatchShared {
   uint32_t number[kSendWarps][kChunkRing];  // of those chunks, for the publisher
   uint32_t sent[kSendWarps];                // how many of them have arrived; kSenderDone and kSenderGone besides
   uint32_t published[kSendWarps];           // how many of them the peers know of
+  uint32_t loaded[kSendWarps][2];  // pieces; read when the team has met, written before it meets the time after
 
   __device__ int NumChunks(const DispatchPlan& plan, int lane) const {
     return (lane_begin[lane + 1] - lane_begin[lane] + plan.chunk_tokens - 1) / plan.chunk_tokens;

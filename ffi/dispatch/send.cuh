@@ -2,10 +2,12 @@
 //
 //   warp            waits for                                        signals
 //   sender (0, 1)   shared.slotted, its stage's bulk load            shared.sent, when a chunk's stores are complete
+//                   (with an encoding: its encoders)
 //   publisher (2)   shared.sent                                      arrived, progress in every rank's window
 #pragma once
 
 #include "device/warp.cuh"
+#include "dispatch/encode.cuh"
 #include "dispatch/plan.cuh"
 
 namespace jax_ep {
@@ -42,8 +44,9 @@ __device__ __forceinline__ void CopySmallRow(char* target, const char* source, i
   }
 }
 
-// A sending warp. Lane k serves choice k: the first choice on a rank sends the row there; own rows are the copiers'
-// work. Few rows in flight: more would clog the receivers' links.
+// A sending warp. Lane k serves choice k: the first choice on a rank sends the row there. Own rows are the copiers'
+// work, but for encoded ones: here alone they are. Few rows in flight: more would clog the receivers' links.
+template <bool kEncodes>
 class Sender {
  public:
   __device__ Sender(const DispatchPlan& plan, const Call& call, DispatchShared& shared, char* stages)
@@ -53,7 +56,7 @@ class Sender {
         warp_(threadIdx.x / 32),
         lane_(threadIdx.x % 32),
         own_(kSendWarps * static_cast<int>(blockIdx.x) + warp_),
-        stage_(stages + warp_ * plan.send.stages * plan.send.stride),
+        stage_(stages + warp_ * plan.send_bytes),
         slotted_(plan.params.operation == kDispatchCached ? plan.params.num_tokens : 0) {}
 
   // Sets own rows on their way into shared memory, before the ranks have met: that needs no peer.
@@ -68,17 +71,25 @@ class Sender {
     const DispatchParams& p = plan_.params;
     const Pieces& pieces = plan_.send;
     const RowArray& rows = p.rows[0];
-    const bool second_apart = p.num_row_arrays > 1 && pieces.second_bytes == 0;
+    const bool second_apart = !kEncodes && p.num_row_arrays > 1 && pieces.second_bytes == 0;
     int now = 0;
     uint32_t parity = 0, stored = 0, reported = 0;
     may_help_ = true;
-    while (loads_ + 1 < pieces.stages && Load()) continue;
+    // Encoders leave no stage to be stored from, so all are filled.
+    while (loads_ + (kEncodes ? 0 : 1) < pieces.stages && Load()) continue;
+    if (kEncodes) MeetEncoders();
     // A token's slots are loaded while the one before is sent.
     int next_slot = -1, next_token = -1;
     const auto load_slot = [&](int token) {
       AwaitSlot(token);
       next_token = token;
       next_slot = lane_ < p.num_topk ? __ldcg(p.slot + static_cast<int64_t>(token) * p.num_topk + lane_) : -1;
+    };
+    const auto report = [&] {
+      if (++stored % kReportEvery == 0 && stored > kUnreported) {
+        WaitBulkDone<kUnreported>();
+        reported = Report(reported, stored - kUnreported);
+      }
     };
     for (uint32_t i = 0; i < taken_; ++i) {  // taken_ grows meanwhile
       const Tokens tokens = shared_.chunk[warp_][i % kChunkRing].tokens;
@@ -92,10 +103,17 @@ class Sender {
         }
         const int rank = slot >= 0 ? slot / p.max_recv_tokens : -1, row = slot - rank * p.max_recv_tokens;
         const uint32_t same = __match_any_sync(~0u, rank);
-        const bool sends = rank >= 0 && rank != call_.rank && call_.Reaches(rank) && (same & ((1u << lane_) - 1)) == 0;
+        const bool sends =
+            rank >= 0 && (kEncodes || rank != call_.rank) && call_.Reaches(rank) && (same & ((1u << lane_) - 1)) == 0;
         char* const target = sends ? reinterpret_cast<char*>(shared_.address[rank][kRecvRows]) : nullptr;
         char* const second = sends ? reinterpret_cast<char*>(shared_.address[rank][kRecvRows1]) : nullptr;
-        if (second_apart) SendSecond(token, sends, second, row);
+        if constexpr (kEncodes) {
+          SendEncoded(sends, target, second, row, stage_ + pieces.stages * pieces.stride + now * plan_.slot_stride);
+          if (++now == plan_.slots) now = 0;
+          report();
+          continue;
+        }
+        if (second_apart) SendSecond(p.rows[1].x + token * p.rows[1].row_bytes, sends, second, row);
         for (int piece = 0; piece < pieces.per_row; ++piece) {
           WaitMbarrier(&shared_.send_full[warp_][now], parity);
           if (sends) StorePiece(pieces, target, rows.row_bytes, second, row, piece, stage_ + now * pieces.stride);
@@ -104,10 +122,7 @@ class Sender {
           WaitBulkRead<1>();  // the stage filled next is the one stored from before this one
           __syncwarp();
           Load();
-          if (++stored % kReportEvery == 0 && stored > kUnreported) {
-            WaitBulkDone<kUnreported>();
-            reported = Report(reported, stored - kUnreported);
-          }
+          report();
         }
       }
     }
@@ -165,9 +180,9 @@ class Sender {
     }
     while (LoadAcquireShared(&shared_.published[warp_]) + kChunkRing <= taken_) __nanosleep(100);
     const Tokens tokens = shared_.ChunkTokens(plan_, from, number);
-    pieces_taken_ += (tokens.end - tokens.begin) * plan_.send.per_row;
+    stores_taken_ += (tokens.end - tokens.begin) * (kEncodes ? 1 : plan_.send.per_row);
     if (lane_ == 0) {
-      shared_.chunk[warp_][taken_ % kChunkRing] = {tokens, pieces_taken_};
+      shared_.chunk[warp_][taken_ % kChunkRing] = {tokens, stores_taken_};
       StoreReleaseShared(&shared_.number[warp_][taken_ % kChunkRing], from * plan_.chunks_per_lane + number);
     }
     __syncwarp();
@@ -182,7 +197,7 @@ class Sender {
     const Pieces& pieces = plan_.send;
     if (load_token_ == load_end_ && !Take()) return false;
     if (lane_ == 0) {
-      LoadPiece(pieces, p.rows[0].x, p.rows[0].row_bytes, p.rows[1].x, load_token_, load_piece_,
+      LoadPiece(pieces, plan_.x, plan_.x_row_bytes, p.rows[1].x, load_token_, load_piece_,
                 stage_ + load_stage_ * pieces.stride, &shared_.send_full[warp_][load_stage_]);
     }
     ++loads_;
@@ -204,12 +219,45 @@ class Sender {
     __syncwarp();
   }
 
-  __device__ void SendSecond(int token, bool sends, char* second, int row) {
+  // A piece is encoded, its stage free; the encoders learn how many more there are.
+  __device__ __forceinline__ void MeetEncoders() {
+    if (lane_ == 0) shared_.loaded[warp_][meetings_ % 2] = loads_;
+    ++meetings_;
+    MeetTeam(warp_);
+  }
+
+  // Sends the row that the encoders complete in `slot`, as one bulk group.
+  __device__ __forceinline__ void SendEncoded(bool sends, char* first, char* second, int row, const char* slot) {
+    const DispatchParams& p = plan_.params;
+    const int hidden = p.encoding.hidden;
+    for (int piece = 1; piece < plan_.send.per_row; ++piece) {
+      MeetEncoders();
+      Load();
+    }
+    // The slot filled next is that of two rows ago, with two slots that of the row before.
+    if (plan_.slots == 2) {
+      WaitBulkRead<0>();
+    } else {
+      WaitBulkRead<1>();
+    }
+    MeetEncoders();
+    const int64_t scale_bytes = p.rows[1].row_bytes;
+    if (sends) {
+      BulkStore(first + int64_t{row} * hidden, slot, hidden);
+      if (scale_bytes % 16 == 0) BulkStore(second + row * scale_bytes, slot + hidden, static_cast<int>(scale_bytes));
+    }
+    CommitBulkGroup();
+    if (scale_bytes % 16 != 0) SendSecond(slot + hidden, sends, second, row);
+    Load();
+  }
+
+  // A row of the second array to every lane's place.
+  __device__ void SendSecond(const char* from, bool sends, char* second, int row) {
     const RowArray& rows = plan_.params.rows[1];
     for (uint32_t rest = __ballot_sync(~0u, sends); rest != 0; rest &= rest - 1) {
       char* place = second + row * rows.row_bytes;
       place = reinterpret_cast<char*>(__shfl_sync(~0u, reinterpret_cast<uint64_t>(place), __ffs(rest) - 1));
-      CopySmallRow(place, rows.x + token * rows.row_bytes, rows.row_bytes);
+      CopySmallRow(place, from, rows.row_bytes);
     }
   }
 
@@ -229,7 +277,7 @@ class Sender {
   char* const stage_;
   bool helps_ = false, may_help_ = false, none_left_ = false;
   uint32_t next_own_ = 0;  // of lane 0: the own chunk taken ahead
-  uint32_t taken_ = 0, pieces_taken_ = 0;
+  uint32_t taken_ = 0, stores_taken_ = 0, meetings_ = 0;
   int load_token_ = 0, load_end_ = 0, load_piece_ = 0, load_stage_ = 0, loads_ = 0;
   int slotted_;  // the slots of own tokens before this one are written
 };

@@ -202,7 +202,7 @@ int64_t CombineLandingBytes(const CombineParams& p, int num_ranks) {
 cudaError_t LaunchCombineStart(const CombineParams& params, const HalfParams& half, const HalvesConfig& config,
                                cudaStream_t stream, cudaStream_t push_stream) {
   CombineHalf work = MakeWork(params, half.arenas.num_ranks, half.arenas.num_ranks);
-  work.call = {half.arenas, Half::kStart, half.in_flight, {}};
+  work.call = {half.arenas, Half::kStart, half.in_flight};
   work.number = half.number;
   const Kernel kernel = StageFor(params.dtype, params.weights != nullptr);
   kernel<<<NumBlocks(work, config), kHalfThreads, 0, stream>>>(work);
@@ -213,7 +213,7 @@ cudaError_t LaunchCombineStart(const CombineParams& params, const HalfParams& ha
 cudaError_t LaunchCombineDone(const CombineParams& params, const HalfParams& half, const HalvesConfig& config,
                               cudaStream_t stream) {
   CombineHalf work = MakeWork(params, half.arenas.num_ranks, 1);
-  work.call = {half.arenas, Half::kDone, half.in_flight, {}};
+  work.call = {half.arenas, Half::kDone, half.in_flight};
   const Kernel kernel = DoneFor(params.dtype);
   kernel<<<NumBlocks(work, config), kHalfThreads, 0, stream>>>(work);
   return cudaGetLastError();

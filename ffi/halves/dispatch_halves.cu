@@ -234,7 +234,7 @@ int64_t DispatchLandingBytes(const DispatchParams& p, int num_ranks) {
 cudaError_t LaunchDispatchStart(const DispatchParams& params, const HalfParams& half, const HalvesConfig& config,
                                 cudaStream_t stream, cudaStream_t push_stream) {
   DispatchHalf work = MakeWork(params, half.arenas.num_ranks);
-  work.call = {half.arenas, Half::kStart, half.in_flight, {}};
+  work.call = {half.arenas, Half::kStart, half.in_flight};
   work.number = half.number;
   StageDispatchKernel<<<NumBlocks(work.layout.num_chunks, config), kHalfThreads, 0, stream>>>(work);
   if (cudaError_t error = cudaGetLastError(); error != cudaSuccess) return error;
@@ -244,7 +244,7 @@ cudaError_t LaunchDispatchStart(const DispatchParams& params, const HalfParams& 
 cudaError_t LaunchDispatchDone(const DispatchParams& params, const HalfParams& half, const HalvesConfig& config,
                                cudaStream_t stream) {
   DispatchHalf work = MakeWork(params, half.arenas.num_ranks);
-  work.call = {half.arenas, Half::kDone, half.in_flight, {}};
+  work.call = {half.arenas, Half::kDone, half.in_flight};
   const int64_t chunks = static_cast<int64_t>(work.layout.num_chunks) * half.arenas.num_ranks;
   const int64_t zero_blocks = DivideUp(params.max_recv_tokens, kHalfWarps);
   const int num_local = params.num_experts / half.arenas.num_ranks;

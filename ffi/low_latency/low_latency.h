@@ -18,23 +18,13 @@ namespace jax_ep {
 
 enum class Half : int { kBoth, kStart, kDone };
 
-// A dispatch whose rows are encoded by the senders: rows[0] and rows[1] are what quantize.cuh makes of x, values and
-// scales, and have no x of their own.
-struct Encoding {
-  const char* x;  // [T, hidden], or null: rows travel as they are
-  RowDtype dtype;
-  int wire;  // a Wire of device/quantize.cuh
-  int hidden;
-};
-
 struct LowLatencyParams {
   ArenaView arenas;
   Half half;
   // [2]: the call that a kStart has begun and its complement; its result, and kDone's operand. All zero: no call, and
   // kDone gives zeros. Null with kBoth.
   uint64_t* in_flight;
-  Encoding encoding;  // of a kDispatch with kBoth
-  bool logfmt;        // of a combine: sums travel in LogFMT-10 (device/logfmt.cuh), own ones too; nothing is carried
+  bool logfmt;  // of a combine: sums travel in LogFMT-10 (device/logfmt.cuh), own ones too; nothing is carried
 };
 
 struct LowLatencyConfig {
@@ -42,8 +32,9 @@ struct LowLatencyConfig {
 };
 
 // Bytes that a call needs of a window, 0 where the shape is beyond the kernel. Pointers and in_flight are not looked
-// at: weights and carried count as present if they are not null. With a half the handle must be known: kDispatchCached.
-int64_t LowLatencyDispatchBytes(const DispatchParams& params, int num_ranks, bool encodes = false);
+// at: weights, carried and an encoding count as present if they are not null. With a half the handle must be known:
+// kDispatchCached.
+int64_t LowLatencyDispatchBytes(const DispatchParams& params, int num_ranks);
 int64_t LowLatencyCombineBytes(const CombineParams& params, int num_ranks, bool logfmt = false);
 
 cudaError_t LaunchLowLatencyDispatch(const DispatchParams& params, const LowLatencyParams& low_latency,

@@ -294,7 +294,7 @@ struct Encoded {
 
   __device__ __forceinline__ static void Load(const DispatchWork& work, int token, char* record, Outgoing& outgoing) {
     const DispatchParams& p = work.params;
-    const Encoding& encoding = work.low_latency.encoding;
+    const Encoding& encoding = p.encoding;
     const int lane = threadIdx.x % 32, part = threadIdx.x / 32;
     if (token >= p.num_tokens) return;
     const char* const row = encoding.x + int64_t{token} * encoding.hidden * static_cast<int>(sizeof(T));
@@ -308,7 +308,7 @@ struct Encoded {
 
   // All of this warp's part into the record.
   __device__ __forceinline__ static void Encode(const DispatchWork& work, Outgoing& outgoing, char* record) {
-    const int hidden = work.low_latency.encoding.hidden, lane = threadIdx.x % 32, part = threadIdx.x / 32;
+    const int hidden = work.params.encoding.hidden, lane = threadIdx.x % 32, part = threadIdx.x / 32;
     EncodeLoaded<false>(outgoing.lane);
     for (int step = part + kSenders; step * kStepColumns < hidden; step += kSenders) {
       outgoing.lane.Advance(kSenders);
@@ -611,8 +611,9 @@ int64_t RoundUp(int64_t value, int64_t to) { return DivideUp(value, to) * to; }
 int LowestBit(int64_t bytes) { return static_cast<int>(std::min<int64_t>(bytes & -bytes, 16)); }
 
 // What a call moves; its shape need not fit.
-DispatchWork MakeWork(const DispatchParams& p, int num_ranks, bool encodes, Half half) {
+DispatchWork MakeWork(const DispatchParams& p, int num_ranks, Half half) {
   DispatchWork work{};
+  const bool encodes = p.encoding.x != nullptr;
   work.params = p;
   const bool has_gates = p.topk_weights != nullptr;
   work.row_end = static_cast<int>(work.first_bytes());
@@ -650,7 +651,7 @@ int64_t MostZeros(const DispatchWork& work) {
 
 }  // namespace
 
-int64_t LowLatencyDispatchBytes(const DispatchParams& p, int num_ranks, bool encodes) {
+int64_t LowLatencyDispatchBytes(const DispatchParams& p, int num_ranks) {
   const int64_t choices = static_cast<int64_t>(p.num_tokens) * p.num_topk * num_ranks;
   if (num_ranks > kMaxRanks || p.num_topk > kMaxTopk || p.num_experts + num_ranks > kMaxBins) return 0;
   if (p.max_recv_tokens <= 0 || p.num_tokens <= 0 || p.num_row_arrays > kMaxRowArrays) return 0;
@@ -661,7 +662,7 @@ int64_t LowLatencyDispatchBytes(const DispatchParams& p, int num_ranks, bool enc
   }
   if (p.operation != kDispatchCached && choices >= kMaxShared) return 0;
   if (p.expert_alignment >= 1 << 19) return 0;
-  const DispatchWork work = MakeWork(p, num_ranks, encodes, Half::kBoth);
+  const DispatchWork work = MakeWork(p, num_ranks, Half::kBoth);
   if (int64_t{num_ranks} * p.num_tokens * work.cut.pieces >= kMaxUnits || MostZeros(work) >= kMaxJobs ||
       int64_t{work.num_local} * work.zero_pieces >= kMaxJobs)
     return 0;
@@ -688,9 +689,9 @@ cudaError_t LoadLowLatencyDispatch() {
 cudaError_t LaunchLowLatencyDispatch(const DispatchParams& params, const LowLatencyParams& low_latency,
                                      const LowLatencyConfig& config, cudaStream_t stream) {
   const int num_ranks = low_latency.arenas.num_ranks;
-  const Encoding& encoding = low_latency.encoding;
+  const Encoding& encoding = params.encoding;
   const bool encodes = encoding.x != nullptr;
-  DispatchWork work = MakeWork(params, num_ranks, encodes, low_latency.half);
+  DispatchWork work = MakeWork(params, num_ranks, low_latency.half);
   work.low_latency = low_latency;
   // Few tokens take few blocks: as many as have a job for each receiver.
   const int64_t pieces = work.lines.record > 0 ? static_cast<int64_t>(params.num_tokens) * work.cut.pieces : 0;

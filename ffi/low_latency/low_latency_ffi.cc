@@ -5,7 +5,7 @@
 //   jax_ep_low_latency_...
 //     notify           topk_idx                         -> slot, recv_slot, counts, recv_topk_idx ("rank")
 //     dispatch         rows..., weights?, topk_idx      -> rows..., weights?, and what notify gives
-//                      `wire` (1 + a Wire of device/quantize.cuh) makes values and scales of one array of rows
+//                      with `wire` as dispatch/encoding_ffi.h has it
 //     dispatch_cached  rows..., weights?, handle        -> rows..., weights?
 //     dispatch_start   rows..., weights?, handle        -> in flight...
 //     dispatch_done    in flight..., handle             -> rows..., weights?
@@ -19,6 +19,7 @@
 #include <stdexcept>
 
 #include "common/error.h"
+#include "dispatch/encoding_ffi.h"
 #include "group/member.h"
 #include "low_latency/low_latency.h"
 
@@ -78,9 +79,6 @@ ffi::Error Dispatch(cudaStream_t stream, int32_t device, ffi::RunId run, ffi::Sp
   const bool encodes = wire != 0;
   const size_t moved = num_rows + has_weights, come = moved + encodes;
   const size_t num_routed = kCached ? 0 : p.layout == Layout::kRank ? 4 : 3;
-  if (encodes && (operation != kDispatch || num_rows != 1 || wire < 0 || wire > 3)) {
-    return InvalidArgument(kName, "unexpected wire format");
-  }
   if (num_rows > kMaxRowArrays || args.size() != moved + (kCached ? 3 : 1) || rets.size() != come + num_routed) {
     return InvalidArgument(kName, "unexpected number of operands or results");
   }
@@ -91,21 +89,10 @@ ffi::Error Dispatch(cudaStream_t stream, int32_t device, ffi::RunId run, ffi::Sp
   p.max_recv_tokens = static_cast<int>(max_recv_tokens);
   p.expert_alignment = static_cast<int>(expert_alignment);
   p.expert_capacity = static_cast<int>(expert_capacity);
-  p.num_row_arrays = static_cast<int>(num_rows + encodes);
+  p.num_row_arrays = static_cast<int>(num_rows);
   if (p.num_tokens <= 0 || max_recv_tokens <= 0) return InvalidArgument(kName, "nothing to move");
-  for (int64_t i = 0; encodes && i < 2; ++i) {
-    const auto recv = rets.get<ffi::AnyBuffer>(i);
-    p.rows[i] = {nullptr, Data<char>(**recv), static_cast<int64_t>((*recv)->size_bytes()) / max_recv_tokens};
-  }
   if (encodes) {
-    const auto x = args.get<ffi::AnyBuffer>(0);
-    low_latency.encoding = {Data<char>(*x), RowDtype::kBfloat16, static_cast<int>(wire - 1),
-                            static_cast<int>(p.rows[0].row_bytes)};
-    if (x->element_type() == ffi::F16) low_latency.encoding.dtype = RowDtype::kFloat16;
-    if (x->element_type() == ffi::F32) low_latency.encoding.dtype = RowDtype::kFloat32;
-    if (static_cast<int64_t>(x->element_count()) != p.rows[0].row_bytes * p.num_tokens) {
-      return InvalidArgument(kName, "a result must have rows of its operand's size");
-    }
+    if (ffi::Error error = ReadEncoding(kName, wire, num_rows, args, rets, &p); error.failure()) return error;
   }
   for (int64_t i = 0; !encodes && i < num_rows; ++i) {
     const auto x = args.get<ffi::AnyBuffer>(i);
@@ -137,7 +124,7 @@ ffi::Error Dispatch(cudaStream_t stream, int32_t device, ffi::RunId run, ffi::Sp
     low_latency.in_flight = Data<uint64_t>(in_flight);
   }
   Member member;
-  const int64_t window_bytes = LowLatencyDispatchBytes(p, static_cast<int>(num_ranks), encodes);
+  const int64_t window_bytes = LowLatencyDispatchBytes(p, static_cast<int>(num_ranks));
   if (ffi::Error error =
           FindArenas(kName, stream, device, run, devices, num_ranks, window_bytes, &member, &low_latency);
       error.failure())

@@ -26,6 +26,9 @@ Rule = Callable[..., Any]
 MAX_TOPK = 32  # one lane of a warp a choice
 MAX_BINS = 2080  # counts that a block publishes: kMaxBins in ffi/group/window.h
 MAX_RANKS = 32
+MAX_ENCODED_HIDDEN = (
+    16384  # columns of rows that the high-throughput kernel encodes: kMaxEncodedHidden in ffi/dispatch/dispatch.h
+)
 INT_MAX = 2**31 - 1
 IN_FLIGHT_BYTES = 16  # that a start leaves at the head of its first result, for its done
 
@@ -155,9 +158,8 @@ def _call_dispatch(
         num_rows=num_rows,
         has_weights=has_weights,
         num_sms=routing.num_sms or 0,
+        wire=0 if wire is None else 1 + list(quantized.FORMATS).index(wire),
     )
-    if target in targets.LOW_LATENCY_DISPATCHES:
-        attributes |= _int64(wire=0 if wire is None else 1 + list(quantized.FORMATS).index(wire))
     rule = jax.ffi.ffi_lowering(target)
     return _launched_once(rule(ctx, *operands, devices=np.array(devices, np.int64).reshape(-1), **attributes))
 
@@ -208,16 +210,16 @@ def _dispatch_encoded(
     ctx: Any, operands: Any, routing: Routing, num_rows: int, has_weights: bool, wire: str
 ) -> Any | None:
     """A dispatch whose kernel encodes the rows, or None where none does."""
-    encoded = [_row_bytes(row) for row in ctx.avals_out[:2]]
-    if not _dispatch_fits(ctx.avals_in[:num_rows], routing) or not _dispatch_fits(ctx.avals_out[:2], routing):
+    fits = _dispatch_fits(ctx.avals_in[:num_rows], routing) and _dispatch_fits(ctx.avals_out[:2], routing)
+    devices = _groups(ctx, routing) if fits else None
+    if devices is None:
         return None
-    window = _dispatch_window(encoded, routing, has_weights, False, encodes=True)
-    devices = _groups(ctx, routing) if window > 0 else None
-    if devices is None or not group.make_arenas(devices, window):
+    values, scales = (_row_bytes(row) for row in ctx.avals_out[:2])
+    window = _dispatch_window([values, scales], routing, has_weights, False, encodes=True)
+    target = _with_arenas(devices, window, targets.LOW_LATENCY_DISPATCH, targets.DISPATCH)
+    if target == targets.DISPATCH and values > MAX_ENCODED_HIDDEN:
         return None
-    return _call_dispatch(
-        targets.LOW_LATENCY_DISPATCH, ctx, operands, routing, devices, num_rows, has_weights, wire=wire
-    )
+    return _call_dispatch(target, ctx, operands, routing, devices, num_rows, has_weights, wire=wire)
 
 
 def _encode_and_dispatch(*operands: jax.Array, routing: Routing, num_rows: int, has_weights: bool, wire: str) -> Any:

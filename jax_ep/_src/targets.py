@@ -29,14 +29,6 @@ LOW_LATENCY_DISPATCH_START = "jax_ep_low_latency_dispatch_start"
 LOW_LATENCY_NOTIFY = "jax_ep_low_latency_notify"
 NOTIFY = "jax_ep_notify"
 
-LOW_LATENCY_DISPATCHES = (
-    LOW_LATENCY_DISPATCH,
-    LOW_LATENCY_DISPATCH_CACHED,
-    LOW_LATENCY_DISPATCH_DONE,
-    LOW_LATENCY_DISPATCH_START,
-    LOW_LATENCY_NOTIFY,
-)
-
 Version = tuple[int, int]
 
 

@@ -15,9 +15,9 @@
 #include <cstdlib>
 #include <thread>
 
+#include "encoded.h"
 #include "group/barrier.h"
 #include "group/group.h"
-#include "ranks.h"
 
 using namespace jax_ep;
 
@@ -86,7 +86,22 @@ bool CheckCase(Case c, int stride = 1, Mask mask = Mask::kBefore) {
   combine_config.num_sms = c.num_sms;
 
   bool ok = true;
+  const auto check_routing = [&](bool all) {  // else only what calls of a known routing write of it
+    for (int r = 0; r < R; ++r) {
+      if (ranks.IsAbsent(r)) continue;
+      CHECK_CUDA(cudaSetDevice(ranks.device[r]));
+      const DispatchParams& d = arrays[r].dispatch;
+      if (c.weights) ok &= Same("weights", r, d.recv_weights, ReceivedWeights(c, routing, r, weights));
+      if (!all) continue;
+      ok &= Same("slot", r, d.slot, routing[r].slot, c.num_topk);
+      ok &= Same("recv_slot", r, d.recv_slot, routing[r].recv_slot, c.num_topk);
+      ok &= Same("counts", r, d.counts, routing[r].counts);
+      if (c.layout == Layout::kRank)
+        ok &= Same("recv_topk_idx", r, d.recv_topk_idx, routing[r].recv_topk_idx, c.num_topk);
+    }
+  };
   const auto check_rows = [&](const char* what, const std::vector<std::vector<char>>& source, bool all) {
+    check_routing(all);
     for (int r = 0; r < R; ++r) {
       if (ranks.IsAbsent(r)) continue;
       CHECK_CUDA(cudaSetDevice(ranks.device[r]));
@@ -95,13 +110,6 @@ bool CheckCase(Case c, int stride = 1, Mask mask = Mask::kBefore) {
       if (c.second_bytes > 0)
         ok &= Same("second array", r, d.rows[1].recv, ReceivedRows(c, routing, r, c.second_bytes, second),
                    c.second_bytes);
-      if (c.weights) ok &= Same("weights", r, d.recv_weights, ReceivedWeights(c, routing, r, weights));
-      if (!all) continue;
-      ok &= Same("slot", r, d.slot, routing[r].slot, c.num_topk);
-      ok &= Same("recv_slot", r, d.recv_slot, routing[r].recv_slot, c.num_topk);
-      ok &= Same("counts", r, d.counts, routing[r].counts);
-      if (c.layout == Layout::kRank)
-        ok &= Same("recv_topk_idx", r, d.recv_topk_idx, routing[r].recv_topk_idx, c.num_topk);
     }
   };
   const auto poison = [&] {
@@ -112,8 +120,22 @@ bool CheckCase(Case c, int stride = 1, Mask mask = Mask::kBefore) {
       CHECK_CUDA(cudaDeviceSynchronize());
     }
   };
+  const auto poison_routing = [&] {
+    for (int r = 0; r < R; ++r) {
+      CHECK_CUDA(cudaSetDevice(ranks.device[r]));
+      const DispatchParams& d = arrays[r].dispatch;
+      CHECK_CUDA(cudaMemset(d.slot, 0xab, c.choices() * 4));
+      CHECK_CUDA(cudaMemset(d.recv_slot, 0xab, R * c.choices() * 4));
+      CHECK_CUDA(cudaMemset(d.counts, 0xab, (c.num_local() + 1) * 4));
+      if (c.weights) CHECK_CUDA(cudaMemset(d.recv_weights, 0xab, c.capacity * per_row * 4));
+      if (c.layout == Layout::kRank)
+        CHECK_CUDA(cudaMemset(d.recv_topk_idx, 0xab, int64_t{c.capacity} * c.num_topk * 4));
+      CHECK_CUDA(cudaDeviceSynchronize());
+    }
+  };
   for (int repeat = 0; repeat < 2 && ok; ++repeat) {
     poison();
+    poison_routing();
     ranks.Launch([&](int r, cudaStream_t stream) {
       DispatchParams d = arrays[r].dispatch;
       d.rows[0].x = x_device[r], d.rows[1].x = second_device[r];
@@ -121,6 +143,23 @@ bool CheckCase(Case c, int stride = 1, Mask mask = Mask::kBefore) {
     });
     ok &= ranks.Wait();
     check_rows("dispatch", x, true);
+  }
+  for (Wire wire : {Wire::kFp8, Wire::kFp8Ue8m0, Wire::kMxfp8}) {
+    if (c.hidden % 16 != 0 || c.hidden > kMaxEncodedHidden) continue;
+    const EncodedResults encoded(c, wire, x, memory);
+    if (!DispatchFits(encoded.Of(0, arrays[0].dispatch, x_device[0]), R)) {
+      std::printf("%-40s does not fit encoded\n", c.name.c_str());
+      return false;
+    }
+    for (int repeat = 0; repeat < 2 && ok; ++repeat) {
+      encoded.Poison(ranks);
+      poison_routing();
+      ranks.Launch([&](int r, cudaStream_t stream) {
+        return LaunchDispatch(encoded.Of(r, arrays[r].dispatch, x_device[r]), R, dispatch_config, stream);
+      });
+      ok &= ranks.Wait() && encoded.AreRight(ranks, routing);
+      check_routing(true);
+    }
   }
   if (mask == Mask::kAfterDispatch) {
     c.dead = dead;
@@ -203,6 +242,9 @@ std::vector<Case> SmallCases(int R) {
       {"batched, drops", R, 33, 2, 2 * R, Layout::kBatched, 1, 9 * R, 0, bf16, 256, 12},
       {"tiny rows, all to expert 0", R, 70, 2, 2 * R, Layout::kExpert, 8, 0, 0, RowDtype::kFloat32, 4, 0, true, 0.9},
       {"long rows", R, 19, 2, 2 * R, Layout::kExpert, 4, 0, 0, bf16, 20000},
+      {"rows encoded in pieces", R, 45, 2, 4 * R, Layout::kExpert, 4, 0, 0, RowDtype::kFloat32, kMaxEncodedHidden},
+      {"some columns more than a step, rank", R, 90, 3, 4 * R, Layout::kRank, 1, 0, 0, RowDtype::kFloat32, 5200},
+      {"long rows, all to expert 0", R, 200, 4, 4 * R, Layout::kExpert, 8, 0, 0, bf16, 3072, 0, true, 0.9},
   };
   for (Case& c : cases) c.num_sms = 3, c.num_send_blocks = 2;
   return cases;
@@ -303,7 +345,9 @@ int Timeout() {
   Finish(c);
   Ranks& ranks = Ranks::Of(2);
   const auto routing = Route(c);
-  for (int missing = 0; missing < 2; ++missing) {
+  for (int variant = 0; variant < 4; ++variant) {
+    const int missing = variant % 2;
+    const bool encodes = variant >= 2;
     for (const char* how : {"never calls", "calls too late", "calls too late, more calls queued"}) {
       std::vector<std::unique_ptr<Memory>> memory;
       std::vector<Arrays> arrays;
@@ -316,9 +360,13 @@ int Timeout() {
         if (c.weights) d.topk_weights = memory[r]->Make<float>(c.choices(), 0);
         CHECK_CUDA(cudaDeviceSynchronize());
       }
+      const EncodedResults encoded(c, Wire::kFp8, {}, memory);
+      CHECK_CUDA(cudaDeviceSynchronize());
       const auto launch = [&](int r) {
+        const DispatchParams& d = arrays[r].dispatch;
         CHECK_CUDA(cudaSetDevice(ranks.device[r]));
-        CHECK_CUDA(LaunchDispatch(arrays[r].dispatch, 2, DispatchConfig{8, 4}, ranks.stream[r]));
+        CHECK_CUDA(
+            LaunchDispatch(encodes ? encoded.Of(r, d, d.rows[0].x) : d, 2, DispatchConfig{8, 4}, ranks.stream[r]));
       };
       const bool queued = std::string(how).find("queued") != std::string::npos;
       launch(1 - missing);
@@ -332,10 +380,11 @@ int Timeout() {
       for (int r = 0; r < 2; ++r) {
         if (r == missing && std::string(how) == "never calls") continue;
         CHECK_CUDA(cudaSetDevice(ranks.device[r]));
-        zero &= Same("result after a timeout", r, arrays[r].dispatch.rows[0].recv,
-                     std::vector<char>(c.capacity * c.row_bytes(), 0));
+        zero &= encodes ? encoded.AreZero(ranks, r)
+                        : Same("result after a timeout", r, arrays[r].dispatch.rows[0].recv,
+                               std::vector<char>(c.capacity * c.row_bytes(), 0));
       }
-      std::printf("rank %d %s: told %d, zero %d\n", missing, how, told, zero);
+      std::printf("rank %d %s%s: told %d, zero %d\n", missing, how, encodes ? " (encoded)" : "", told, zero);
       ok &= told && zero && CheckCase(c);
     }
   }

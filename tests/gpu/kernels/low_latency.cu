@@ -15,47 +15,14 @@
 #include <functional>
 #include <utility>
 
-#include "device/quantize.cuh"
+#include "encoded.h"
 #include "logfmt_host.h"
 #include "low_latency/clocks.cuh"
 #include "low_latency/low_latency.h"
-#include "ranks.h"
 
 using namespace jax_ep;
 
 namespace {
-
-// A row of x in a wire format, by quantize.cuh's lanes one after another; tests/test_formats.py holds those to the
-// reference.
-template <Wire kWire, class T>
-void EncodeOnHost(const char* row, int hidden, char* values, char* scales) {
-  constexpr int kLanesAGroup = GroupColumns(kWire) / kLaneColumns;
-  for (int step = 0; step * kStepColumns < hidden; ++step) {
-    for (int first = 0; first < 32; first += kLanesAGroup) {
-      std::vector<LaneEncoder<kWire, T>> lanes;
-      uint32_t amax = 0;
-      for (int lane = first; lane < first + kLanesAGroup; ++lane) {
-        lanes.emplace_back(row, hidden, values, scales, lane, step);
-        lanes.back().template Load<false>();
-        amax = Greater(amax, lanes.back().Amax());
-      }
-      for (auto& lane : lanes) lane.template Store<false>(amax);
-    }
-  }
-}
-
-template <Wire kWire>
-void EncodeOnHost(RowDtype dtype, const char* row, int hidden, char* values, char* scales) {
-  if (dtype == RowDtype::kBfloat16) return EncodeOnHost<kWire, __nv_bfloat16>(row, hidden, values, scales);
-  if (dtype == RowDtype::kFloat16) return EncodeOnHost<kWire, __half>(row, hidden, values, scales);
-  EncodeOnHost<kWire, float>(row, hidden, values, scales);
-}
-
-void EncodeOnHost(Wire wire, RowDtype dtype, const char* row, int hidden, char* values, char* scales) {
-  if (wire == Wire::kFp8) return EncodeOnHost<Wire::kFp8>(dtype, row, hidden, values, scales);
-  if (wire == Wire::kFp8Ue8m0) return EncodeOnHost<Wire::kFp8Ue8m0>(dtype, row, hidden, values, scales);
-  EncodeOnHost<Wire::kMxfp8>(dtype, row, hidden, values, scales);
-}
 
 // What arrives of a rank's sum in LogFMT-10, in its place.
 void LogfmtRoundtrip(const Case& c, char* row) {
@@ -149,46 +116,23 @@ class Exchange {
   }
   // Encoded rows have results of their own.
   bool MakeEncoded(Wire wire) {
-    wire_ = wire;
-    scale_bytes_ = int64_t{NumGroups(wire, static_cast<int>(c_.hidden))} * ScaleBytes(wire);
-    encoded_.assign(R, {});
-    for (int r = 0; r < R; ++r) {
-      encoded_[r] = {memory_[r]->Make<char>(c_.capacity * c_.hidden, 0xab),
-                     memory_[r]->Make<char>(c_.capacity * scale_bytes_, 0xab)};
-    }
-    const int64_t bytes = LowLatencyDispatchBytes(OfEncoded(0), R, true);
+    encoded_ = std::make_unique<EncodedResults>(c_, wire, x_, memory_);
+    const int64_t bytes = LowLatencyDispatchBytes(OfEncoded(0), R);
     if (bytes > 0) ranks_.group.MakeArenas(bytes);
     Settle();
     return bytes > 0;
   }
   cudaError_t DispatchEncoded(int r, cudaStream_t stream) {
     const DispatchParams d = OfEncoded(r);
-    const ArenaView arenas = ranks_.group.arenas(r, LowLatencyDispatchBytes(d, R, true));
-    const Encoding encoding{arrays_[r].dispatch.rows[0].x, c_.dtype, static_cast<int>(wire_),
-                            static_cast<int>(c_.hidden)};
-    return LaunchLowLatencyDispatch(d, {arenas, Half::kBoth, nullptr, encoding}, config_, stream);
+    const ArenaView arenas = ranks_.group.arenas(r, LowLatencyDispatchBytes(d, R));
+    return LaunchLowLatencyDispatch(d, {arenas, Half::kBoth, nullptr}, config_, stream);
   }
-  bool EncodedAreRight(const char* what) {
-    std::vector<std::vector<char>> values(R), scales(R);
-    for (int r = 0; r < R; ++r) {
-      values[r].resize(c_.num_tokens * c_.hidden);
-      scales[r].resize(c_.num_tokens * scale_bytes_);
-      for (int64_t t = 0; t < c_.num_tokens; ++t) {
-        EncodeOnHost(wire_, c_.dtype, &x_[r][t * c_.row_bytes()], static_cast<int>(c_.hidden),
-                     &values[r][t * c_.hidden], &scales[r][t * scale_bytes_]);
-      }
-    }
-    bool ok = true;
-    for (int r = 0; r < R; ++r) {
+  bool EncodedAreRight() {
+    bool ok = encoded_->AreRight(ranks_, routing_);
+    for (int r = 0; r < R && c_.weights; ++r) {
       if (ranks_.IsAbsent(r)) continue;
       CHECK_CUDA(cudaSetDevice(ranks_.device[r]));
-      ok &= Same((std::string(what) + ": values").c_str(), r, encoded_[r][0],
-                 ReceivedRows(c_, routing_, r, c_.hidden, values), c_.hidden);
-      ok &= Same((std::string(what) + ": scales").c_str(), r, encoded_[r][1],
-                 ReceivedRows(c_, routing_, r, scale_bytes_, scales), scale_bytes_);
-      if (c_.weights)
-        ok &= Same((std::string(what) + ": weights").c_str(), r, arrays_[r].dispatch.recv_weights,
-                   ReceivedWeights(c_, routing_, r, weights_));
+      ok &= Same("encoded: weights", r, arrays_[r].dispatch.recv_weights, ReceivedWeights(c_, routing_, r, weights_));
     }
     return ok;
   }
@@ -336,11 +280,8 @@ class Exchange {
 
  private:
   DispatchParams OfEncoded(int r) const {
-    DispatchParams d = arrays_[r].dispatch;
-    d.num_row_arrays = 2;
-    d.rows[0] = {nullptr, encoded_[r][0], c_.hidden};
-    d.rows[1] = {nullptr, encoded_[r][1], scale_bytes_};
-    return d;
+    const DispatchParams& d = arrays_[r].dispatch;
+    return encoded_->Of(r, d, d.rows[0].x);
   }
   // Most rows so small that their sums are encoded; every fifth as it is, every seventh with a group of zeros.
   std::vector<char> SmallRows(std::vector<char> rows) const {
@@ -376,9 +317,7 @@ class Exchange {
   std::vector<Arrays> arrays_;
   std::vector<const float*> gates_device_;
   std::vector<const char*> small_y_device_;
-  Wire wire_ = Wire::kFp8;
-  int64_t scale_bytes_ = 0;
-  std::vector<std::vector<char*>> encoded_;
+  std::unique_ptr<EncodedResults> encoded_;
   int64_t dispatch_bytes_ = 0, combine_bytes_ = 0, logfmt_bytes_ = 0;
   LowLatencyConfig config_{8};
 };
@@ -422,7 +361,7 @@ bool CheckCase(Case c, bool masked_call = false) {
     for (int repeat = 0; repeat < 2; ++repeat) {
       calls.Poison(true);
       calls.OnAll([&](int r, cudaStream_t s) { return calls.DispatchEncoded(r, s); });
-      ok &= calls.Wait() && calls.RoutingIsRight("encoded") && calls.EncodedAreRight("encoded");
+      ok &= calls.Wait() && calls.RoutingIsRight("encoded") && calls.EncodedAreRight();
     }
   }
 
