@@ -24,6 +24,8 @@ extern "C" XLA_FFI_Error* JaxEpDispatchCached(XLA_FFI_CallFrame*);
 extern "C" XLA_FFI_Error* JaxEpDispatchDone(XLA_FFI_CallFrame*);
 extern "C" XLA_FFI_Error* JaxEpDispatchLayout(XLA_FFI_CallFrame*);
 extern "C" XLA_FFI_Error* JaxEpDispatchStart(XLA_FFI_CallFrame*);
+extern "C" XLA_FFI_Error* JaxEpIsDead(XLA_FFI_CallFrame*);
+extern "C" XLA_FFI_Error* JaxEpIsDeadOnHost(XLA_FFI_CallFrame*);
 extern "C" XLA_FFI_Error* JaxEpLowLatencyCombine(XLA_FFI_CallFrame*);
 extern "C" XLA_FFI_Error* JaxEpLowLatencyCombineDone(XLA_FFI_CallFrame*);
 extern "C" XLA_FFI_Error* JaxEpLowLatencyCombineStart(XLA_FFI_CallFrame*);
@@ -57,6 +59,7 @@ nb::dict Handlers() {
   add("jax_ep_dispatch_done", JaxEpDispatchDone);
   add("jax_ep_dispatch_layout", JaxEpDispatchLayout, nullptr);
   add("jax_ep_dispatch_start", JaxEpDispatchStart);
+  add("jax_ep_is_dead", JaxEpIsDead, nullptr);
   add("jax_ep_low_latency_combine", JaxEpLowLatencyCombine);
   add("jax_ep_low_latency_combine_done", JaxEpLowLatencyCombineDone);
   add("jax_ep_low_latency_combine_start", JaxEpLowLatencyCombineStart);
@@ -130,6 +133,11 @@ int64_t CombineLandingBytes(int num_ranks, int num_tokens, int num_topk, int max
 
 NB_MODULE(_core, module) {
   module.def("handlers", &Handlers);
+  module.def("host_handlers", [] {
+    nb::dict handlers;
+    handlers["jax_ep_is_dead"] = nb::capsule(reinterpret_cast<void*>(JaxEpIsDeadOnHost));
+    return handlers;
+  });
   module.def(
       "make_group", [](const std::vector<int>& devices) { jax_ep::Group::OfDevices(devices); }, nb::arg("devices"));
   nb::class_<jax_ep::Place>(module, "Place")
@@ -173,6 +181,7 @@ NB_MODULE(_core, module) {
              nb::arg("num_topk"), nb::arg("max_recv_tokens"), nb::arg("row_bytes"), nb::arg("has_carried"),
              nb::arg("logfmt_item_bytes"));
   module.def("have_peer_access", &jax_ep::Group::HavePeerAccess, nb::arg("devices"));
+  module.def("set_dead", &jax_ep::Group::SetDead, nb::arg("devices"));
   module.def("set_timeout", &jax_ep::Group::SetTimeout, nb::arg("seconds"));
   module.attr("cuda_version") = nb::make_tuple(CUDART_VERSION / 1000, CUDART_VERSION % 1000 / 10);
   module.attr("ffi_api") = nb::make_tuple(XLA_FFI_API_MAJOR, XLA_FFI_API_MINOR);

@@ -154,7 +154,7 @@ __device__ bool SendSums(const CombineWork& work, const ArenaCall& call) {
   for (; unit < num_units; unit += stride) {
     const int row = next_row;
     next_row = load_row(unit + stride);
-    if (__ballot_sync(~0u, row >= 0) == 0) continue;
+    if (__ballot_sync(~0u, row >= 0) == 0 || !call.Reaches(target_of(unit))) continue;
     const int64_t token = unit / num_pieces / num_targets;
     const int first_line = unit % num_pieces * work.cut.lines();
     uint4 bits[kMaxGroups];
@@ -188,7 +188,7 @@ __device__ bool ReceiveSums(const CombineWork& work, const ArenaCall& call) {
     const int64_t offset = UnitOffset(work.lines.record, line);
     const int slot = lane < num_topk ? p.slot[token * num_topk + lane] : -1;
     const int rank = slot >= 0 ? slot / p.max_recv_tokens : -1, row = slot - rank * p.max_recv_tokens;
-    uint32_t ranks = __reduce_or_sync(~0u, rank >= 0 ? 1u << rank : 0u);
+    uint32_t ranks = __reduce_or_sync(~0u, rank >= 0 ? 1u << rank : 0u) & ~call.dead;
     uint4 own[1] = {};
     const bool sums_itself = call.sends && (ranks >> call.rank & 1) != 0;
     if (sums_itself && row_bytes > 0) {
@@ -197,7 +197,7 @@ __device__ bool ReceiveSums(const CombineWork& work, const ArenaCall& call) {
     }
     if (p.carried_back != nullptr && unit % num_groups == 0 && lane < num_topk) {
       // Choices that no line brings.
-      if (slot < 0) p.carried_back[token * num_topk + lane] = 0.f;
+      if (rank < 0 || call.IsDead(rank)) p.carried_back[token * num_topk + lane] = 0.f;
       if (call.sends && rank == call.rank) p.carried_back[token * num_topk + lane] = Carried(p, row, lane);
     }
     float total[Vector<T>::kSize] = {};
@@ -338,7 +338,7 @@ __device__ bool SendLogfmtSums(const CombineWork& work, const ArenaCall& call, c
   for (; unit < num_units; unit += stride) {
     const int row = DistinctRow(p, next_row);
     next_row = load_row(unit + stride);
-    if (__ballot_sync(~0u, row >= 0) == 0) continue;
+    if (__ballot_sync(~0u, row >= 0) == 0 || !call.Reaches(target_of(unit))) continue;
     const int64_t token = unit / num_steps / call.num_ranks;
     const int step = unit % num_steps, columns = ColumnsOf(work, step);
     const LogfmtLane<T> sum = SumStep<T, kWeighted>(work, row, step, columns);
@@ -412,7 +412,7 @@ __device__ bool ReceiveLogfmtSums(const CombineWork& work, const ArenaCall& call
     const int token = unit / num_steps, step = unit % num_steps, columns = ColumnsOf(work, step);
     const bool has_line = HasLine(work, step);
     const int slot = lane < p.num_topk ? p.slot[int64_t{token} * p.num_topk + lane] : -1;
-    uint32_t ranks = __reduce_or_sync(~0u, slot >= 0 ? 1u << (slot / p.max_recv_tokens) : 0u);
+    uint32_t ranks = __reduce_or_sync(~0u, slot >= 0 ? 1u << (slot / p.max_recv_tokens) : 0u) & ~call.dead;
     const int64_t offset =
         int64_t{token} * work.lines.record * kLineBytes + step * (kRawGroups<T> * kGroupBytes) + lane * 16;
     float total[kWords][kPerWord] = {};

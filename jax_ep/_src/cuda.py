@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend.mlir.dialects import stablehlo
 
-from jax_ep._src import compat, group, logfmt, primitives, quantized, reference, targets, tuning
+from jax_ep._src import compat, group, logfmt, membership, primitives, quantized, reference, targets, tuning
 from jax_ep._src.handle import LAYOUTS, Routing
 
 Rule = Callable[..., Any]
@@ -127,8 +127,11 @@ def _int64(**attributes: int) -> dict[str, Any]:
     return {name: np.int64(value) for name, value in attributes.items()}
 
 
-def _reference(meaning: Rule) -> Rule:
-    return compat.mlir.lower_fun(meaning, multiple_results=True)
+_reference = membership.lowering
+
+
+def _composed(of_primitives: Rule) -> Rule:
+    return compat.mlir.lower_fun(of_primitives, multiple_results=True)
 
 
 def _groups(ctx: Any, routing: Routing) -> group.Groups | None:
@@ -190,7 +193,7 @@ def _dispatch(ctx: Any, *operands: Any, routing: Routing, num_rows: int, has_wei
         if encoded is not None:
             return encoded
         # encoded by XLA, then sent as values and scales
-        return _reference(_encode_and_dispatch)(
+        return _composed(_encode_and_dispatch)(
             ctx, *operands, routing=routing, num_rows=num_rows, has_weights=has_weights, wire=wire
         )
     rows = ctx.avals_in[:num_rows]
@@ -378,7 +381,7 @@ def _combine(ctx: Any, *operands: Any, routing: Routing, num_rows: int, has_weig
     if devices is None or (wire is not None and (num_rows != 1 or has_weights)):
         return _reference(reference.combine)(ctx, *operands, **static)
     called = _call_combine(ctx, operands, routing, devices, num_rows == 1, False, has_weights, wire)
-    return _reference(encode_and_combine)(ctx, *operands, **static) if called is None else called
+    return _composed(encode_and_combine)(ctx, *operands, **static) if called is None else called
 
 
 def _combine_weighted(ctx: Any, *operands: Any, routing: Routing, wire: str | None) -> Any:
@@ -387,7 +390,7 @@ def _combine_weighted(ctx: Any, *operands: Any, routing: Routing, wire: str | No
         return _reference(reference.combine_weighted)(ctx, *operands, routing=routing, wire=wire)
     called = _call_combine(ctx, operands, routing, devices, True, True, False, wire)
     static = {"routing": routing, "num_rows": 1, "has_weights": True, "wire": wire}
-    return _reference(encode_and_combine)(ctx, *operands, **static) if called is None else called
+    return _composed(encode_and_combine)(ctx, *operands, **static) if called is None else called
 
 
 COMBINE_STARTS = (targets.LOW_LATENCY_COMBINE_START, targets.COMBINE_START)
@@ -403,13 +406,15 @@ def _combine_landing(rows: Any, routing: Routing, has_carried: bool) -> int:
         row_bytes=sum(_row_bytes(row) for row in rows),
         has_carried=has_carried,
     )
+
+
 def _combine_grad(ctx: Any, *operands: Any, routing: Routing) -> Any:
     devices = _groups(ctx, routing) if _combine_fits(ctx.avals_in[:1], routing) else None
     if devices is None:
         return _reference(reference.combine_grad)(ctx, *operands, routing=routing)
     window = _dispatch_window([_row_bytes(ctx.avals_in[0])], routing, False, True)
     if window > 0 and group.make_arenas(devices, window):
-        return _reference(_dispatch_and_weigh)(ctx, *operands, routing=routing)
+        return _composed(_dispatch_and_weigh)(ctx, *operands, routing=routing)
     out_bar, y, weights, _, recv_slot, counts = operands
     ctx = ctx.replace(avals_in=[*ctx.avals_in[:3], *ctx.avals_in[4:]])
     attributes = _int64(

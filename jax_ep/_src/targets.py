@@ -18,6 +18,7 @@ DISPATCH_CACHED = "jax_ep_dispatch_cached"
 DISPATCH_DONE = "jax_ep_dispatch_done"
 DISPATCH_LAYOUT = "jax_ep_dispatch_layout"
 DISPATCH_START = "jax_ep_dispatch_start"
+IS_DEAD = "jax_ep_is_dead"
 LOW_LATENCY_COMBINE = "jax_ep_low_latency_combine"
 LOW_LATENCY_COMBINE_DONE = "jax_ep_low_latency_combine_done"
 LOW_LATENCY_COMBINE_START = "jax_ep_low_latency_combine_start"
@@ -63,6 +64,8 @@ except ImportError as error:
 check_ffi_api(_core.ffi_api, installed_ffi_api(jax.ffi.include_dir()))
 for _target, _handler in _core.handlers().items():
     jax.ffi.register_ffi_target(_target, _handler, platform="CUDA")
+for _target, _handler in _core.host_handlers().items():
+    jax.ffi.register_ffi_target(_target, _handler, platform="cpu")
 
 Place = _core.Place
 Purpose = _core.Purpose
@@ -83,6 +86,7 @@ make_shared_arena = _core.make_shared_arena
 make_shared_memory = _core.make_shared_memory
 make_spanning_group = _core.make_spanning_group
 resume = _core.resume
+set_dead = _core.set_dead
 set_ordinals = _core.set_ordinals
 set_timeout = _core.set_timeout
 spanning_generation = _core.spanning_generation

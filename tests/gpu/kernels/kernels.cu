@@ -4,6 +4,7 @@
 //   kernels check [seed count]         named and random cases against oracle.h, bitwise, each call twice
 //   kernels small                      a few small cases, for compute-sanitizer
 //   kernels timeout                    one rank does not call: the others must say so, and later calls must be right
+//   kernels masked                     masked ranks do not call, or do: the others get what the oracle says
 //
 // nvcc -O3 -std=c++17 -Iffi -gencode arch=compute_90a,code=sm_90a -o kernels tests/gpu/kernels/kernels.cu
 //   ffi/dispatch/dispatch.cu ffi/combine/*.cu ffi/low_latency/*.cu ffi/halves/*.cu ffi/group/barrier.cu
@@ -22,12 +23,22 @@ using namespace jax_ep;
 
 namespace {
 
-bool CheckCase(Case c, int stride = 1) {
+// When the ranks of `dead` are masked, and whether they call nevertheless.
+enum class Mask { kBefore, kBeforeAndCalling, kAfterDispatch };
+
+bool CheckCase(Case c, int stride = 1, Mask mask = Mask::kBefore) {
   Finish(c);
   const int R = c.num_ranks;
   Ranks& ranks = Ranks::Of(R);
   std::mt19937 random(c.seed + 77);
-  const auto routing = Route(c);
+  const uint32_t dead = c.dead;
+  if (mask == Mask::kAfterDispatch) c.dead = 0;
+  auto routing = Route(c);
+  const auto apply_mask = [&] {
+    Ranks::Mask(c.dead);
+    ranks.absent = mask == Mask::kBeforeAndCalling ? 0 : c.dead;
+  };
+  apply_mask();
   std::vector<std::unique_ptr<Memory>> memory;
   std::vector<Arrays> arrays;
   std::vector<std::vector<char>> x(R), x_again(R), second(R), y(R);
@@ -75,11 +86,13 @@ bool CheckCase(Case c, int stride = 1) {
   combine_config.num_sms = c.num_sms;
 
   bool ok = true;
-  const auto check_routing = [&] {
+  const auto check_routing = [&](bool all) {  // else only what calls of a known routing write of it
     for (int r = 0; r < R; ++r) {
+      if (ranks.IsAbsent(r)) continue;
       CHECK_CUDA(cudaSetDevice(ranks.device[r]));
       const DispatchParams& d = arrays[r].dispatch;
       if (c.weights) ok &= Same("weights", r, d.recv_weights, ReceivedWeights(c, routing, r, weights));
+      if (!all) continue;
       ok &= Same("slot", r, d.slot, routing[r].slot, c.num_topk);
       ok &= Same("recv_slot", r, d.recv_slot, routing[r].recv_slot, c.num_topk);
       ok &= Same("counts", r, d.counts, routing[r].counts);
@@ -87,9 +100,10 @@ bool CheckCase(Case c, int stride = 1) {
         ok &= Same("recv_topk_idx", r, d.recv_topk_idx, routing[r].recv_topk_idx, c.num_topk);
     }
   };
-  const auto check_rows = [&](const char* what, const std::vector<std::vector<char>>& source) {
-    check_routing();
+  const auto check_rows = [&](const char* what, const std::vector<std::vector<char>>& source, bool all) {
+    check_routing(all);
     for (int r = 0; r < R; ++r) {
+      if (ranks.IsAbsent(r)) continue;
       CHECK_CUDA(cudaSetDevice(ranks.device[r]));
       const DispatchParams& d = arrays[r].dispatch;
       ok &= Same(what, r, d.rows[0].recv, ReceivedRows(c, routing, r, c.row_bytes(), source), c.row_bytes());
@@ -128,7 +142,7 @@ bool CheckCase(Case c, int stride = 1) {
       return LaunchDispatch(d, R, dispatch_config, stream);
     });
     ok &= ranks.Wait();
-    check_rows("dispatch", x);
+    check_rows("dispatch", x, true);
   }
   for (Wire wire : {Wire::kFp8, Wire::kFp8Ue8m0, Wire::kMxfp8}) {
     if (c.hidden % 16 != 0 || c.hidden > kMaxEncodedHidden) continue;
@@ -144,8 +158,13 @@ bool CheckCase(Case c, int stride = 1) {
         return LaunchDispatch(encoded.Of(r, arrays[r].dispatch, x_device[r]), R, dispatch_config, stream);
       });
       ok &= ranks.Wait() && encoded.AreRight(ranks, routing);
-      check_routing();
+      check_routing(true);
     }
+  }
+  if (mask == Mask::kAfterDispatch) {
+    c.dead = dead;
+    apply_mask();
+    routing = Masked(c, routing);
   }
   poison();
   ranks.Launch([&](int r, cudaStream_t stream) {
@@ -156,7 +175,7 @@ bool CheckCase(Case c, int stride = 1) {
     return LaunchDispatch(d, R, dispatch_config, stream);
   });
   ok &= ranks.Wait();
-  check_rows("dispatch_cached", x_again);
+  check_rows("dispatch_cached", x_again, mask != Mask::kAfterDispatch);
   for (int weighted = 0; weighted < (c.layout == Layout::kRank ? 1 : 2); ++weighted) {
     poison();
     ranks.Launch([&](int r, cudaStream_t stream) {
@@ -167,6 +186,7 @@ bool CheckCase(Case c, int stride = 1) {
     });
     ok &= ranks.Wait();
     for (int r = 0; r < R; ++r) {
+      if (ranks.IsAbsent(r)) continue;
       CHECK_CUDA(cudaSetDevice(ranks.device[r]));
       ok &= Same(weighted ? "combine weighted" : "combine", r, arrays[r].combine.out,
                  Combined(c, routing, r, y, weighted ? &gates : nullptr, stride), c.row_bytes(), stride);
@@ -187,6 +207,7 @@ bool CheckCase(Case c, int stride = 1) {
     });
     ok &= ranks.Wait();
     for (int r = 0; r < R; ++r) {
+      if (ranks.IsAbsent(r)) continue;
       CHECK_CUDA(cudaSetDevice(ranks.device[r]));
       const Cotangents bar = CombineGrad(c, routing, r, x, y[r], gates[r], stride);
       ok &= Same("combine_grad", r, arrays[r].grad.y_bar, bar.y, c.row_bytes(), stride);
@@ -198,9 +219,13 @@ bool CheckCase(Case c, int stride = 1) {
   });
   ok &= ranks.Wait();
   for (int r = 0; r < R; ++r) {
+    if (ranks.IsAbsent(r)) continue;
     CHECK_CUDA(cudaSetDevice(ranks.device[r]));
-    ok &= Same("barrier", r, arrays[r].dispatch.counts, std::vector<int32_t>{R});
+    const int came = c.IsDead(r) ? 0 : R - __builtin_popcount(c.dead);
+    ok &= Same("barrier", r, arrays[r].dispatch.counts, std::vector<int32_t>{came});
   }
+  Ranks::Mask(0);
+  ranks.absent = 0;
   std::printf("%-44s R %d T %5d K %2d E %4d C %6d H %5lld sms %2d: %s\n", c.name.c_str(), R, c.num_tokens, c.num_topk,
               c.num_experts, c.capacity, (long long)c.hidden, c.num_sms, ok ? "ok" : "FAILED");
   std::fflush(stdout);
@@ -280,6 +305,39 @@ int Small() {
   return ok ? 0 : 1;
 }
 
+int Masked() {
+  bool ok = true;
+  for (int R : {2, 3, 4, 8}) {
+    for (uint32_t dead : {1u, 2u, 5u, 1u << (R - 1)}) {
+      if (dead >= (1u << R) - 1) continue;
+      for (Case c : SmallCases(R)) {
+        c.name += ", masked " + std::to_string(dead);
+        c.dead = dead;
+        for (Mask mask : {Mask::kBefore, Mask::kBeforeAndCalling, Mask::kAfterDispatch}) ok &= CheckCase(c, 1, mask);
+      }
+      ok &= CheckCase(SmallCases(R)[0]);  // all together again
+    }
+  }
+  // A rank that does not call is told, then masked: the others go on.
+  Group::SetTimeout(0.5);
+  Case c{"after a failure, masked", 3, 100, 4, 24, Layout::kExpert, 8, 0, 0, RowDtype::kBfloat16, 512};
+  Ranks& ranks = Ranks::Of(3);
+  ok &= CheckCase(c);
+  ranks.absent = 2;
+  ranks.Launch([&](int r, cudaStream_t stream) {
+    static Memory memory(ranks.device[r]);
+    return LaunchBarrier(ranks.group.view(r), false, memory.Make<int32_t>(1, 0), stream);
+  });
+  const bool told = !ranks.Wait() && ranks.failure.find("waited for rank 1") != std::string::npos;
+  std::printf("rank 1 never calls: told %d\n", told);
+  c.dead = 2;
+  for (int repeat = 0; repeat < 3; ++repeat) ok &= told && CheckCase(c);
+  c.dead = 0;
+  ok &= CheckCase(c);
+  std::printf("%s\n", ok ? "MASKED OK" : "MASKED FAILED");
+  return ok ? 0 : 1;
+}
+
 int Timeout() {
   Group::SetTimeout(0.5);
   Case c{"before and after a timeout", 2, 100, 4, 16, Layout::kExpert, 8, 0, 0, RowDtype::kBfloat16, 512};
@@ -345,6 +403,7 @@ int main(int argc, char** argv) {
   if (what == "check") result = Check(argc, argv);
   if (what == "small") result = Small();
   if (what == "timeout") result = Timeout();
+  if (what == "masked") result = Masked();
   std::fflush(stdout);
   return result;
 }

@@ -4,6 +4,7 @@
 //                                    high-throughput calls of the same group
 //   low_latency small                a few small cases, for compute-sanitizer
 //   low_latency timeout              a rank does not call, or starts too often: an error, zeros, and right calls later
+//   low_latency masked               masked ranks do not call, or do: the others get what the oracle says
 //   low_latency bench [H [sms...]]   µs a call, back to back in a CUDA graph, slowest rank
 //   low_latency clocks [H [sms]]     when blocks of a dispatch reach its moments; built with -DJAX_EP_CLOCKS
 //
@@ -12,6 +13,7 @@
 //   ffi/group/group.cc
 #include <algorithm>
 #include <functional>
+#include <utility>
 
 #include "encoded.h"
 #include "logfmt_host.h"
@@ -34,6 +36,7 @@ void LogfmtRoundtrip(const Case& c, char* row) {
 class Exchange {
  public:
   explicit Exchange(Case c) : c_(c), R(c.num_ranks), ranks_(Ranks::Of(c.num_ranks)), routing_(Route(c)) {
+    Mask(c.dead);
     std::mt19937 random(c.seed + 77);
     std::uniform_real_distribution<float> uniform(-1, 1);
     const int64_t per_row = c.layout == Layout::kRank ? c.num_topk : 1;
@@ -78,6 +81,18 @@ class Exchange {
     Settle();
   }
 
+  ~Exchange() { Mask(0); }
+
+  // From now on these ranks take no part; the routing stays what is left of it.
+  void Mask(uint32_t dead) {
+    c_.dead = dead;
+    routing_ = Masked(c_, routing_);
+    Ranks::Mask(dead);
+    ranks_.absent = dead;
+  }
+  // Whether masked ranks call.
+  void LetMaskedCall() { ranks_.absent = 0; }
+
   bool fits() const { return dispatch_bytes_ > 0 && combine_bytes_ > 0 && logfmt_bytes_ > 0; }
   Ranks& ranks() { return ranks_; }
 
@@ -115,6 +130,7 @@ class Exchange {
   bool EncodedAreRight() {
     bool ok = encoded_->AreRight(ranks_, routing_);
     for (int r = 0; r < R && c_.weights; ++r) {
+      if (ranks_.IsAbsent(r)) continue;
       CHECK_CUDA(cudaSetDevice(ranks_.device[r]));
       ok &= Same("encoded: weights", r, arrays_[r].dispatch.recv_weights, ReceivedWeights(c_, routing_, r, weights_));
     }
@@ -156,6 +172,7 @@ class Exchange {
   bool RoutingIsRight(const char* what) {
     bool ok = true;
     for (int r = 0; r < R; ++r) {
+      if (ranks_.IsAbsent(r)) continue;
       CHECK_CUDA(cudaSetDevice(ranks_.device[r]));
       const DispatchParams& d = arrays_[r].dispatch;
       ok &= Same((std::string(what) + ": slot").c_str(), r, d.slot, routing_[r].slot, c_.num_topk);
@@ -170,6 +187,7 @@ class Exchange {
   bool RowsAreRight(const char* what) {
     bool ok = true;
     for (int r = 0; r < R; ++r) {
+      if (ranks_.IsAbsent(r)) continue;
       CHECK_CUDA(cudaSetDevice(ranks_.device[r]));
       const DispatchParams& d = arrays_[r].dispatch;
       ok &= Same((std::string(what) + ": rows").c_str(), r, d.rows[0].recv,
@@ -186,7 +204,7 @@ class Exchange {
   bool RowsAreZero(const char* what, int except = -1) {
     bool ok = true;
     for (int r = 0; r < R; ++r) {
-      if (r == except) continue;
+      if (r == except || ranks_.IsAbsent(r)) continue;
       CHECK_CUDA(cudaSetDevice(ranks_.device[r]));
       ok &= Same(what, r, arrays_[r].dispatch.rows[0].recv, std::vector<char>(c_.capacity * c_.row_bytes(), 0));
     }
@@ -195,6 +213,7 @@ class Exchange {
   bool SumsAreRight(const char* what, bool weighted) {
     bool ok = true;
     for (int r = 0; r < R; ++r) {
+      if (ranks_.IsAbsent(r)) continue;
       CHECK_CUDA(cudaSetDevice(ranks_.device[r]));
       ok &= Same(what, r, arrays_[r].combine.out, Combined(c_, routing_, r, y_, weighted ? &gates_ : nullptr),
                  c_.row_bytes());
@@ -207,6 +226,7 @@ class Exchange {
   bool LogfmtSumsAreRight(const char* what, bool weighted) {
     bool ok = true;
     for (int r = 0; r < R; ++r) {
+      if (ranks_.IsAbsent(r)) continue;
       CHECK_CUDA(cudaSetDevice(ranks_.device[r]));
       const auto wire = [&](char* row) { LogfmtRoundtrip(c_, row); };
       ok &= Same(what, r, arrays_[r].combine.out,
@@ -217,7 +237,7 @@ class Exchange {
   bool SumsAreZero(const char* what, int except = -1) {
     bool ok = true;
     for (int r = 0; r < R; ++r) {
-      if (r == except) continue;
+      if (r == except || ranks_.IsAbsent(r)) continue;
       CHECK_CUDA(cudaSetDevice(ranks_.device[r]));
       ok &= Same(what, r, arrays_[r].combine.out, std::vector<char>(c_.num_tokens * c_.row_bytes(), 0));
     }
@@ -302,9 +322,10 @@ class Exchange {
   LowLatencyConfig config_{8};
 };
 
-bool CheckCase(Case c) {
+bool CheckCase(Case c, bool masked_call = false) {
   Finish(c);
   Exchange calls(c);
+  if (masked_call) calls.LetMaskedCall();
   if (!calls.fits()) {
     std::printf("%-40s does not fit\n", c.name.c_str());
     return false;
@@ -472,6 +493,77 @@ int Small() {
   bool ok = true;
   for (const Case& c : SmallCases(2)) ok &= CheckCase(c);
   std::printf("%s\n", ok ? "SMALL OK" : "SMALL FAILED");
+  return ok ? 0 : 1;
+}
+
+// Calls of a routing from before the mask.
+bool CheckMaskedLate(Case c) {
+  Finish(c);
+  const uint32_t dead = std::exchange(c.dead, 0);
+  Exchange calls(c);
+  calls.set_num_sms(c.num_sms);
+  calls.OnAll([&](int r, cudaStream_t s) { return calls.Dispatch(r, s, kDispatch); });
+  bool ok = calls.Wait() && calls.RoutingIsRight("before") && calls.RowsAreRight("before");
+  // A start from before the mask is lost, and its done says so.
+  calls.OnAll([&](int r, cudaStream_t s) { return calls.Combine(r, s, false, Half::kStart); });
+  ok &= calls.Wait();
+  calls.Mask(dead);
+  calls.Poison(false);
+  calls.OnAll([&](int r, cudaStream_t s) { return calls.Combine(r, s, false, Half::kDone); });
+  const bool told = !calls.Wait();
+  ok &= told && calls.SumsAreZero("done of a start from before the mask");
+  for (int repeat = 0; repeat < 6 && ok; ++repeat) {
+    const bool weighted = repeat % 2 != 0 && c.layout != Layout::kRank;
+    calls.Poison(false);
+    calls.OnAll([&](int r, cudaStream_t s) { return calls.Dispatch(r, s, kDispatchCached); });
+    ok &= calls.Wait() && calls.RowsAreRight("dispatch_cached, masked late");
+    calls.OnAll([&](int r, cudaStream_t s) { return calls.Combine(r, s, weighted); });
+    ok &= calls.Wait() && calls.SumsAreRight("combine, masked late", weighted);
+    calls.OnAll([&](int r, cudaStream_t s) { return calls.CombineLogfmt(r, s, weighted); });
+    ok &= calls.Wait() && calls.LogfmtSumsAreRight("logfmt, masked late", weighted);
+  }
+  std::printf("%-44s R %d masked %u: told %d, %s\n", c.name.c_str(), c.num_ranks, dead, told, ok ? "ok" : "FAILED");
+  return ok;
+}
+
+int Masked() {
+  bool ok = true;
+  for (int R : {2, 3, 4, 8}) {
+    for (uint32_t dead : {1u, 2u, 5u, 1u << (R - 1)}) {
+      if (dead >= (1u << R) - 1) continue;
+      for (Case c : SmallCases(R)) {
+        c.name += ", masked " + std::to_string(dead);
+        c.dead = dead;
+        ok &= CheckCase(c) && CheckCase(c, true) && CheckMaskedLate(c);
+      }
+      ok &= CheckCase(SmallCases(R)[0]);  // all together again
+    }
+  }
+  // A rank that does not call is told, then masked: the others go on, with the same routing and with new ones.
+  Group::SetTimeout(0.5);
+  Case c{"after a failure, masked", 3, 60, 4, 24, Layout::kExpert, 8, 0, 0, RowDtype::kBfloat16, 512};
+  Finish(c);
+  {
+    Exchange calls(c);
+    calls.OnAll([&](int r, cudaStream_t s) { return calls.Dispatch(r, s, kDispatch); });
+    ok &= calls.Wait() && calls.RowsAreRight("before");
+    calls.ranks().absent = 2;
+    calls.OnAll([&](int r, cudaStream_t s) { return calls.Combine(r, s, true); });
+    const bool told =
+        !calls.Wait() && calls.ranks().failure.find("waited for rank 1 in phase lines") != std::string::npos;
+    ok &= told && calls.SumsAreZero("sums after a timeout");
+    std::printf("rank 1 never calls: told %d\n", told);
+    calls.Mask(2);
+    for (int repeat = 0; repeat < 6; ++repeat) {
+      calls.OnAll([&](int r, cudaStream_t s) { return calls.Combine(r, s, true); });
+      ok &= calls.Wait() && calls.SumsAreRight("combine after a failure", true);
+    }
+  }
+  c.dead = 2;
+  ok &= CheckCase(c);
+  c.dead = 0;
+  ok &= CheckCase(c);
+  std::printf("%s\n", ok ? "MASKED OK" : "MASKED FAILED");
   return ok ? 0 : 1;
 }
 
@@ -718,6 +810,7 @@ int main(int argc, char** argv) {
   if (what == "check") result = Check(argc, argv);
   if (what == "small") result = Small();
   if (what == "timeout") result = Timeout();
+  if (what == "masked") result = Masked();
   if (what == "bench") result = Measure(argc, argv);
 #ifdef JAX_EP_CLOCKS
   if (what == "clocks") result = Clocks(argc, argv);

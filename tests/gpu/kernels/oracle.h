@@ -4,6 +4,7 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <cstring>
 #include <functional>
@@ -30,7 +31,9 @@ struct Case {
   double invalid = 0.05;
   int num_sms = 8, num_send_blocks = 4;
   unsigned seed = 1;
+  uint32_t dead = 0;  // masked ranks
 
+  bool IsDead(int rank) const { return (dead >> rank & 1) != 0; }
   int64_t elem_bytes() const { return dtype == RowDtype::kFloat32 ? 4 : 2; }
   int64_t row_bytes() const { return hidden * elem_bytes(); }
   int num_local() const { return num_experts / num_ranks; }
@@ -77,9 +80,17 @@ inline std::vector<RankRouting> Route(const Case& c) {
     if (c.layout == Layout::kRank) rank.recv_topk_idx.assign(static_cast<int64_t>(C) * K, -1);
   }
   const auto valid = [&](int e) { return e >= 0 && e < E; };
+  for (int r = 0; r < R; ++r) {
+    for (int64_t i = 0; i < c.choices(); ++i) {
+      const int e = ranks[r].topk_idx[i];
+      if (!c.IsDead(r) && valid(e) && c.IsDead(e / L)) ranks[r].slot[i] = kLost - e / L;
+    }
+  }
   for (int d = 0; d < R; ++d) {
+    if (c.IsDead(d)) continue;
     auto& here = ranks[d];
     for (int r = 0; r < R; ++r) {
+      if (c.IsDead(r)) continue;
       for (int64_t i = 0; i < c.choices(); ++i) {
         const int e = ranks[r].topk_idx[i];
         if (valid(e) && e / L == d) ++here.counts[e % L];
@@ -98,6 +109,7 @@ inline std::vector<RankRouting> Route(const Case& c) {
       }
     }
     for (int r = 0; r < R; ++r) {
+      if (c.IsDead(r)) continue;
       for (int t = 0; t < T; ++t) {
         int64_t row = -1;
         for (int k = 0; k < K; ++k) {
@@ -117,6 +129,21 @@ inline std::vector<RankRouting> Route(const Case& c) {
       }
     }
     here.counts[L] = static_cast<int32_t>(end);
+  }
+  return ranks;
+}
+
+// What is left of a routing from before the mask.
+inline std::vector<RankRouting> Masked(const Case& c, std::vector<RankRouting> ranks) {
+  for (int r = 0; r < c.num_ranks; ++r) {
+    for (int32_t& slot : ranks[r].slot) {
+      if (slot >= 0 && (c.IsDead(r) || c.IsDead(slot / c.capacity))) slot = -1;
+    }
+    for (int s = 0; s < c.num_ranks; ++s) {
+      if (!c.IsDead(r) && !c.IsDead(s)) continue;
+      const auto part = ranks[r].recv_slot.begin() + s * c.choices();
+      std::fill(part, part + c.choices(), -1);
+    }
   }
   return ranks;
 }
