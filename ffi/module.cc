@@ -31,6 +31,8 @@ extern "C" XLA_FFI_Error* JaxEpInternodeCombine(XLA_FFI_CallFrame*);
 extern "C" XLA_FFI_Error* JaxEpInternodeDispatch(XLA_FFI_CallFrame*);
 extern "C" XLA_FFI_Error* JaxEpInternodeDispatchCached(XLA_FFI_CallFrame*);
 extern "C" XLA_FFI_Error* JaxEpInternodeNotify(XLA_FFI_CallFrame*);
+extern "C" XLA_FFI_Error* JaxEpIsDead(XLA_FFI_CallFrame*);
+extern "C" XLA_FFI_Error* JaxEpIsDeadOnHost(XLA_FFI_CallFrame*);
 extern "C" XLA_FFI_Error* JaxEpLowLatencyCombine(XLA_FFI_CallFrame*);
 extern "C" XLA_FFI_Error* JaxEpLowLatencyCombineDone(XLA_FFI_CallFrame*);
 extern "C" XLA_FFI_Error* JaxEpLowLatencyCombineStart(XLA_FFI_CallFrame*);
@@ -69,6 +71,7 @@ nb::dict Handlers() {
   add("jax_ep_internode_dispatch", JaxEpInternodeDispatch);
   add("jax_ep_internode_dispatch_cached", JaxEpInternodeDispatchCached);
   add("jax_ep_internode_notify", JaxEpInternodeNotify);
+  add("jax_ep_is_dead", JaxEpIsDead, nullptr);
   add("jax_ep_low_latency_combine", JaxEpLowLatencyCombine);
   add("jax_ep_low_latency_combine_done", JaxEpLowLatencyCombineDone);
   add("jax_ep_low_latency_combine_start", JaxEpLowLatencyCombineStart);
@@ -124,10 +127,12 @@ int64_t DispatchLandingBytes(int num_ranks, int num_experts, int layout, int num
       num_ranks);
 }
 
+// `logfmt_item_bytes`: of a number, if sums travel in LogFMT-10; else 0.
 int64_t LowLatencyCombineBytes(int num_ranks, int num_tokens, int num_topk, int max_recv_tokens, int64_t row_bytes,
-                               bool has_carried) {
-  return jax_ep::LowLatencyCombineBytes(CombineSizes(num_tokens, num_topk, max_recv_tokens, row_bytes, has_carried),
-                                        num_ranks);
+                               bool has_carried, int logfmt_item_bytes) {
+  jax_ep::CombineParams p = CombineSizes(num_tokens, num_topk, max_recv_tokens, row_bytes, has_carried);
+  p.dtype = logfmt_item_bytes == 4 ? jax_ep::RowDtype::kFloat32 : jax_ep::RowDtype::kBfloat16;
+  return jax_ep::LowLatencyCombineBytes(p, num_ranks, logfmt_item_bytes != 0);
 }
 
 int64_t CombineLandingBytes(int num_ranks, int num_tokens, int num_topk, int max_recv_tokens, int64_t row_bytes,
@@ -153,6 +158,11 @@ nb::tuple InternodePlanOf(int num_nodes, int ranks_per_node, int num_tokens, int
 
 NB_MODULE(_core, module) {
   module.def("handlers", &Handlers);
+  module.def("host_handlers", [] {
+    nb::dict handlers;
+    handlers["jax_ep_is_dead"] = nb::capsule(reinterpret_cast<void*>(JaxEpIsDeadOnHost));
+    return handlers;
+  });
   module.def(
       "make_group", [](const std::vector<int>& devices) { jax_ep::Group::OfDevices(devices); }, nb::arg("devices"));
   nb::class_<jax_ep::Place>(module, "Place")
@@ -216,8 +226,11 @@ NB_MODULE(_core, module) {
              nb::arg("layout"), nb::arg("num_tokens"), nb::arg("num_topk"), nb::arg("max_recv_tokens"),
              nb::arg("row_bytes"), nb::arg("has_weights"), nb::arg("is_routed"), nb::arg("encodes"));
   module.def("low_latency_combine_bytes", &LowLatencyCombineBytes, nb::arg("num_ranks"), nb::arg("num_tokens"),
-             nb::arg("num_topk"), nb::arg("max_recv_tokens"), nb::arg("row_bytes"), nb::arg("has_carried"));
+             nb::arg("num_topk"), nb::arg("max_recv_tokens"), nb::arg("row_bytes"), nb::arg("has_carried"),
+             nb::arg("logfmt_item_bytes"));
   module.def("have_peer_access", &jax_ep::Group::HavePeerAccess, nb::arg("devices"));
+  module.def("set_dead", &jax_ep::Group::SetDead, nb::arg("devices"));
+  module.def("forbid_masks", &jax_ep::Group::ForbidMasks, nb::arg("devices"));
   module.def("set_timeout", &jax_ep::Group::SetTimeout, nb::arg("seconds"));
   module.attr("cuda_version") = nb::make_tuple(CUDART_VERSION / 1000, CUDART_VERSION % 1000 / 10);
   module.attr("ffi_api") = nb::make_tuple(XLA_FFI_API_MAJOR, XLA_FFI_API_MINOR);

@@ -14,7 +14,7 @@ import numpy as np
 class Routing:
     """Where each choice's row goes. In layout "rank" a token's choices on one rank share one row."""
 
-    slot: np.ndarray  # s32[R, T, K]: dest_rank * C + row, or -1
+    slot: np.ndarray  # s32[R, T, K]: dest_rank * C + row, or -1; -2 - dest_rank where that rank is masked
     recv_slot: np.ndarray  # s32[R, R, T, K]: rank d's row of (source, token, choice), or -1
     counts: np.ndarray  # s32[R, L + 1]
     group_sizes: np.ndarray | None  # s32[R, L], layout "expert"
@@ -53,7 +53,8 @@ def default_rows(layout, num_ranks, num_tokens, num_topk, num_experts, alignment
     return most
 
 
-def route(topk_idx, *, num_experts, layout, num_rows=None, alignment=1, expert_capacity=None):
+def route(topk_idx, *, num_experts, layout, num_rows=None, alignment=1, expert_capacity=None, dead=()):
+    """`dead` are the masked ranks: they have no tokens, hold no rows, and choices of their experts are lost."""
     num_ranks, num_tokens, num_topk = topk_idx.shape
     num_local = num_experts // num_ranks
     if layout == "batched":
@@ -65,10 +66,21 @@ def route(topk_idx, *, num_experts, layout, num_rows=None, alignment=1, expert_c
     group_sizes = np.zeros((num_ranks, num_local), np.int32)
     num_dropped = np.zeros((num_ranks, 1), np.int32)
 
-    for dest in range(num_ranks):
+    alive = [rank for rank in range(num_ranks) if rank not in dead]
+    for source in alive:
+        lost = set()  # rows: of layout "rank" one for all choices of a token
+        for token in range(num_tokens):
+            for choice in range(num_topk):
+                expert = int(topk_idx[source, token, choice])
+                if 0 <= expert < num_experts and expert // num_local in dead:
+                    slot[source, token, choice] = -2 - expert // num_local
+                    lost.add((token, expert // num_local if layout == "rank" else num_ranks + choice))
+        num_dropped[source] = len(lost)
+
+    for dest in alive:
         wanted = []  # (row, source, token, choice), dropped or not
         by_expert = [[] for _ in range(num_local)]
-        for source in range(num_ranks):
+        for source in alive:
             for token in range(num_tokens):
                 for choice in range(num_topk):
                     expert = int(topk_idx[source, token, choice])
@@ -103,9 +115,9 @@ def route(topk_idx, *, num_experts, layout, num_rows=None, alignment=1, expert_c
                 slot[source, token, choice] = dest * num_rows + row
                 recv_slot[dest, source, token, choice] = row
         if layout == "rank":
-            num_dropped[dest] = max(len(row_of_token) - num_rows, 0)
+            num_dropped[dest] += max(len(row_of_token) - num_rows, 0)
         else:
-            num_dropped[dest] = sum(row >= num_rows for row, *_ in wanted)
+            num_dropped[dest] += sum(row >= num_rows for row, *_ in wanted)
 
     invalid = (topk_idx < -1) | (topk_idx >= num_experts)
     num_invalid = invalid.reshape(num_ranks, -1).sum(axis=1, keepdims=True).astype(np.int32)
@@ -120,6 +132,15 @@ def route(topk_idx, *, num_experts, layout, num_rows=None, alignment=1, expert_c
         num_rows,
         layout,
     )
+
+
+def mask(routing, dead):
+    """What is left of a routing from before these ranks were masked."""
+    slot, recv_slot = routing.slot.copy(), routing.recv_slot.copy()
+    for rank in dead:
+        slot[rank], recv_slot[rank], recv_slot[:, rank] = -1, -1, -1
+        slot[(slot >= 0) & (slot // max(routing.num_rows, 1) == rank)] = -1
+    return dataclasses.replace(routing, slot=slot, recv_slot=recv_slot)
 
 
 def placed(routing):
@@ -151,7 +172,7 @@ def move_weights(routing, weights):
     return out
 
 
-def simulate(topk_idx, x, weights, *, layout, num_experts, num_rows=None, alignment=1, expert_capacity=None):
+def simulate(topk_idx, x, weights, *, layout, num_experts, num_rows=None, alignment=1, expert_capacity=None, dead=()):
     """A whole dispatch. x[R, T, ...], topk_idx s32[R, T, K], weights f32[R, T, K] or None."""
     num_ranks, _, num_topk = topk_idx.shape
     routing = route(
@@ -161,6 +182,7 @@ def simulate(topk_idx, x, weights, *, layout, num_experts, num_rows=None, alignm
         num_rows=num_rows,
         alignment=alignment,
         expert_capacity=expert_capacity,
+        dead=dead,
     )
     recv_x = move(routing, x)
     recv_weights = None if weights is None else move_weights(routing, weights)

@@ -94,7 +94,7 @@ def dispatch(case, x, topk_idx, weights=None, start_only=False, **options):
     )
 
 
-def expect(case, handle, topk_idx, x, weights=None):
+def expect(case, handle, topk_idx, x, weights=None, dead=()):
     """The oracle's answer to the same; how many rows a default capacity gives is the handle's word."""
     return oracle.simulate(
         topk_idx,
@@ -105,6 +105,7 @@ def expect(case, handle, topk_idx, x, weights=None):
         num_rows=handle.routing.max_recv_tokens,
         alignment=case.expert_alignment,
         expert_capacity=handle.routing.expert_capacity,
+        dead=dead,
     )
 
 

@@ -83,3 +83,17 @@ def test_groups_are_made_once_whatever_the_timeout(told, monkeypatch):
     finally:
         group._of_devices.cache_clear()
     assert made == [[0, 1], [2, 3]] and told == [1.0, 2.0]
+
+
+def test_a_device_of_a_group_over_nodes_is_not_masked():
+    device, other = 1_000_001, 1_000_002  # of no test's mesh: what is forbidden stays so
+    targets.forbid_masks([device])
+    try:
+        with pytest.raises(RuntimeError, match=f"device {device} is in a group over several nodes"):
+            jax_ep.config.dead_devices = [other, device]
+        assert jax_ep.config.dead_devices == frozenset()
+        jax_ep.config.dead_devices = [other]
+        with pytest.raises(RuntimeError, match=f"device {other} is in a group over several nodes"):
+            targets.forbid_masks([other])
+    finally:
+        jax_ep.config.dead_devices = []

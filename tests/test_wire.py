@@ -17,6 +17,7 @@ from strategies import any_bits, draw_topk_idx, gates, integers, normal
 from test_logfmt import oracle_roundtrip
 
 import jax_ep
+from jax_ep._src import cuda
 
 FORMATS = ("fp8", "fp8_ue8m0", "mxfp8")
 
@@ -215,10 +216,19 @@ def test_a_layer_in_a_wire_format_under_vmap_scan_and_remat(form):
 # ---- the way back ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_logfmt10_on_the_way_back_is_each_ranks_sum_through_the_format(layout, dtype):
-    c = wide(layout, hidden=640, dtype=dtype)  # one piece of 512, one shorter
+@pytest.mark.parametrize(
+    ("name", "hidden", "dtype"),
+    [
+        *((layout, 640, dtype) for layout in LAYOUTS for dtype in ("bfloat16", "float32")),  # pieces of 512 and of 128
+        ("expert", 8, "float16"),
+        ("expert-eight-ranks", 1032, "float16"),
+        ("expert-tight-aligned", 2048, "bfloat16"),
+        ("rank-tight", 1536, "float32"),
+        ("batched-three-ranks", 296, "bfloat16"),
+    ],
+)
+def test_logfmt10_on_the_way_back_is_each_ranks_sum_through_the_format(name, hidden, dtype):
+    c = wide(name, hidden=hidden, dtype=dtype)
     idx = draw_topk_idx(c, "any")
     x = rows_of(c)
 
@@ -230,22 +240,42 @@ def test_logfmt10_on_the_way_back_is_each_ranks_sum_through_the_format(layout, d
     y = normal(2, *recv.x.shape) / 8
     y[..., ::7, :] *= 64  # some rows beyond 1: these travel as they are
     y = y.astype(x.dtype)
-    gate = None if layout == "rank" else recv.weights
+    gate = [] if c.layout == "rank" else [recv.weights]
 
     def back(y, handle, *gate):
         whole = jax_ep.combine(y, handle, *gate, wire="logfmt10")
         return whole, jax_ep.combine_done(jax_ep.combine_start(y, handle, *gate, wire="logfmt10"))
 
-    got, by_halves = on_every_rank(c, back)(y, handle, *([] if gate is None else [gate]))
+    got, by_halves = on_every_rank(c, back)(y, handle, *gate)
     assert_same_bits(by_halves, got)
     routing = expect(c, handle, idx, x).routing
     by_row = y.reshape(c.num_ranks, -1, c.hidden)
-    gate = None if gate is None else gate.reshape(c.num_ranks, -1)
+    gate = gate[0].reshape(c.num_ranks, -1) if gate else None
     expected = oracle.combine(routing, by_row, gate, wire=lambda partial: oracle_roundtrip(partial[None])[0][0])
     assert_same_bits(got, expected)
     exact = oracle.combine(routing, by_row, gate).astype(np.float32)
     assert (got.astype(np.float32) != exact).any()
     np.testing.assert_allclose(got.astype(np.float32), exact, rtol=0.05, atol=0.1)
+
+
+@pytest.mark.parametrize("name", ["expert", "expert-tight", "rank", "rank-tight", "batched", "batched-tight"])
+def test_sums_encoded_before_the_kernel_of_high_throughput_are_the_same(name):
+    """XLA sums and encodes, the kernel moves: its rows are the sums, under a routing of layout "rank"."""
+    c = wide(name, hidden=640)
+    idx = draw_topk_idx(c, "any")
+    recv, handle = on_every_rank(c, functools.partial(dispatch, c))(rows_of(c), idx, normal(1, *idx.shape))
+    y = (normal(2, *recv.x.shape) / 8).astype(recv.x.dtype)
+
+    def f(y, handle, weights):
+        weights = [] if c.layout == "rank" else [weights.reshape(-1)]
+        static = {"num_rows": 1, "has_weights": bool(weights), "wire": "logfmt10"}
+        rows = y.reshape(-1, c.hidden)
+        (out,) = cuda.encode_and_combine(rows, *weights, *handle.arrays, routing=handle.routing, **static)
+        gates = weights[0].reshape(y.shape[:-1]) if weights else None
+        return out, jax_ep.combine(y, handle, gates, wire="logfmt10")
+
+    got, expected = on_every_rank(c, f)(y, handle, recv.weights)
+    assert_same_bits(got, expected)
 
 
 def test_the_derivative_of_logfmt10_is_straight_through():

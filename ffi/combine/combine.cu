@@ -127,7 +127,7 @@ struct Worker {
   }
   __device__ __forceinline__ uint32_t Wanted() const { return item.token / gridDim.x + 1; }
   __device__ __forceinline__ bool IsMissing() const {
-    return lane < call.num_ranks && lane != call.rank && seen < Wanted();
+    return call.Reaches(lane) && lane != call.rank && seen < Wanted();
   }
   __device__ __forceinline__ const uint64_t* Progress() const { return &call.window->progress[lane][blockIdx.x]; }
 
@@ -235,7 +235,7 @@ __device__ void PublishSteps(const Call& call, const Steps& steps, CombineShared
   uint32_t published = 0;
   const auto tell = [&](uint32_t state) {
     FenceSys();  // what the workers stored before counting is before the flag
-    if (lane < call.num_ranks) StoreRelaxedSys(&call.Peer(lane)->progress[call.rank][blockIdx.x], call.Tag(state));
+    if (call.Reaches(lane)) StoreRelaxedSys(&call.Peer(lane)->progress[call.rank][blockIdx.x], call.Tag(state));
   };
   while (met) {
     const uint32_t next = __reduce_min_sync(~0u, lane < kWorkers ? LoadAcquireShared(&shared.next[lane]) : ~0u);
@@ -262,8 +262,8 @@ __global__ void __launch_bounds__(kThreads, 1) CombineKernel(const __grid_consta
   const Steps steps(p, call.num_ranks, SumPipe<T, kWeighted, V>::kPieceBytes);
   if (threadIdx.x < kWorkers) shared.next[threadIdx.x] = threadIdx.x;
   if (p.refused && threadIdx.x == 0) Refuse(call);
-  bool met = __syncthreads_and(!p.refused && !HasFailed(call));
-  if (met && threadIdx.x < call.num_ranks) {
+  bool met = __syncthreads_and(!p.refused && !HasFailed(call) && !call.IsDead(call.rank));
+  if (met && call.Reaches(threadIdx.x)) {
     Mail* mail = &call.Peer(threadIdx.x)->mail[call.parity][call.rank][blockIdx.x];
     mail->address[kY] = reinterpret_cast<uint64_t>(p.y);
     mail->address[kScratch] = reinterpret_cast<uint64_t>(p.scratch);
@@ -273,7 +273,7 @@ __global__ void __launch_bounds__(kThreads, 1) CombineKernel(const __grid_consta
     __syncwarp();
     Post(call, blockIdx.x);
     const int peer = threadIdx.x;
-    if (peer < call.num_ranks) {
+    if (call.Reaches(peer)) {
       met = Await(call, &call.window->post[call.parity][peer][blockIdx.x], kPosted, kMeet, peer, blockIdx.x);
       const Mail& mail = call.window->mail[call.parity][peer][blockIdx.x];
       for (int i = 0; i <= kCarried; ++i) shared.address[peer][i] = Translate(call, peer, mail.address[i]);
@@ -286,7 +286,7 @@ __global__ void __launch_bounds__(kThreads, 1) CombineKernel(const __grid_consta
     PublishSteps(call, steps, shared, met);
   }
   if (IsLastBlock(call)) {
-    if (HasFailed(call)) {
+    if (HasFailed(call) || call.IsDead(call.rank)) {
       const int64_t num_words = p.num_tokens * (p.row_bytes / 16);
       for (int64_t i = threadIdx.x; i < num_words; i += kThreads) reinterpret_cast<int4*>(p.out)[i] = int4{};
       const int64_t num_choices = p.carried_back != nullptr ? static_cast<int64_t>(p.num_tokens) * p.num_topk : 0;

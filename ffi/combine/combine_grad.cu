@@ -185,6 +185,10 @@ struct GradWorker {
   __device__ __forceinline__ void Begin() {
     const uint32_t rows = __ballot_sync(~0u, item.row >= 0);
     if (rows == 0) return;
+    if (!call.Reaches(item.source)) {  // in a routing from before the mask
+      for (uint32_t rest = rows; rest != 0; rest &= rest - 1) ClearRow(p, __shfl_sync(~0u, item.row, __ffs(rest) - 1));
+      return;
+    }
     __syncwarp();  // the terms of the item before have been read
     auto& terms = memory.worker[worker].terms;
     if (item.row >= 0) {
@@ -294,16 +298,16 @@ __global__ void __launch_bounds__(kGradThreads, 1) CombineGradKernel(const __gri
   const Call call = BeginCall(p.group, kCombineGrad);
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   if (p.refused && threadIdx.x == 0) Refuse(call);
-  bool met = __syncthreads_and(!p.refused && !HasFailed(call));
+  bool met = __syncthreads_and(!p.refused && !HasFailed(call) && !call.IsDead(call.rank));
   if (met && warp == 0) {
-    if (lane < call.num_ranks) {
+    if (call.Reaches(lane)) {
       call.Peer(lane)->mail[call.parity][call.rank][blockIdx.x].address[0] = reinterpret_cast<uint64_t>(p.out_bar);
     }
     __syncwarp();
     Post(call, blockIdx.x);
   }
   if (met) ClearRows(p, static_cast<int>(blockIdx.x) * kGradWorkers + warp);
-  if (met && warp == 0 && lane < call.num_ranks) {
+  if (met && warp == 0 && call.Reaches(lane)) {
     met = Await(call, &call.window->post[call.parity][lane][blockIdx.x], kPosted, kMeet, lane, blockIdx.x);
     shared.out_bar[lane] = Translate(call, lane, call.window->mail[call.parity][lane][blockIdx.x].address[0]);
   }
@@ -312,13 +316,13 @@ __global__ void __launch_bounds__(kGradThreads, 1) CombineGradKernel(const __gri
   __syncthreads();
   if (warp == 0) {
     FenceSys();  // all that this block has read is before the flag
-    if (lane < call.num_ranks) {
+    if (call.Reaches(lane)) {
       StoreRelaxedSys(&call.Peer(lane)->progress[call.rank][blockIdx.x], call.Tag(met ? kDone : kGone));
     }
     Leave(call, blockIdx.x, blockIdx.x);
   }
   if (IsLastBlock(call)) {
-    if (HasFailed(call)) {
+    if (HasFailed(call) || call.IsDead(call.rank)) {
       const int64_t num_words = p.max_recv_tokens * (p.row_bytes / 16);
       for (int64_t i = threadIdx.x; i < num_words; i += kGradThreads) reinterpret_cast<int4*>(p.y_bar)[i] = int4{};
       for (int i = threadIdx.x; i < p.max_recv_tokens; i += kGradThreads) p.weights_bar[i] = 0.f;

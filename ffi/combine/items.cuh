@@ -52,10 +52,11 @@ struct ItemList {
   const CombineParams& p;
   const Steps& steps;
   const int rank, num_ranks;
+  const uint32_t dead;
   int step, part;  // of the item that comes next
 
   __device__ __forceinline__ ItemList(const CombineParams& p, const Call& call, const Steps& steps, int first)
-      : p(p), steps(steps), rank(call.rank), num_ranks(call.num_ranks) {
+      : p(p), steps(steps), rank(call.rank), num_ranks(call.num_ranks), dead(call.dead) {
     step = first / steps.items_per_step;
     part = first % steps.items_per_step;
   }
@@ -74,10 +75,20 @@ struct ItemList {
       const int32_t* choices = push ? p.recv_slot + item.source * p.num_tokens * p.num_topk : p.slot;
       const int lane = threadIdx.x % 32;
       if (lane < p.num_topk) item.choice = choices[item.token * p.num_topk + lane];
+      if (dead != 0) Forget(item);
     }
     part += kWorkers;
     while (part >= steps.items_per_step) part -= steps.items_per_step, ++step;
     return item;
+  }
+
+  // Masked ranks are sent nothing, and their rows are absent.
+  __device__ __forceinline__ void Forget(Item& item) const {
+    if (item.source != rank) {
+      if ((dead >> item.source & 1) != 0) item.token = -1, item.choice = -1;
+    } else if (item.choice >= 0 && (dead >> (item.choice / p.max_recv_tokens) & 1) != 0) {
+      item.choice = -1;
+    }
   }
 };
 

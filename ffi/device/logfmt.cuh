@@ -12,6 +12,9 @@ namespace jax_ep {
 
 constexpr int kLogfmtLaneWords = 10;  // 32 codes of ten bits
 
+// Columns that are encoded, or not, together.
+constexpr __host__ __device__ int LogfmtPieceColumns(int hidden) { return hidden % 1024 == 0 ? 1024 : 512; }
+
 // ---- tables: round(2**16 log2(1 + i / 128)) and round(2**23 (2**(i / 128) - 1)) for i = 0 .. 128
 
 __host__ __device__ inline uint32_t LogEntry(int i) {
@@ -243,48 +246,34 @@ __device__ __forceinline__ void GroupExtremes(uint32_t* amax, uint32_t* amin) {
 }
 
 // Encodes 1024 columns, lane i columns 32 i on: one piece of 1024 or two of 512 (`piece_columns`). `columns` is how
-// many of the lane's 32 are in the row, 0 to 32. Called by one whole warp. True: the lane's piece is encoded, its codes
-// are at codes[10 * lane] (the lanes of columns past the end write zeros) and (amax, amin) of its group, as T, at
-// scales[2 * (lane / 4)]. False: nothing is written, the piece travels as it is. codes: 8-byte aligned.
+// many of the lane's 32 are in the row, 0 to 32. Called by one whole warp. True: the lane's piece is encoded; its lane
+// has 32 codes of ten bits (zeros past the end of the row), and (amax, amin) of its group as f32 bits that are exact in
+// T. False: the piece travels as it is.
 template <class T>
 __device__ __forceinline__ bool EncodePieces(const LogfmtLane<T>& lane, int columns, int piece_columns,
-                                             const LogTable& table, uint32_t* codes, T* scales) {
+                                             const LogTable& table, uint32_t (&codes)[kLogfmtLaneWords], uint32_t* amax,
+                                             uint32_t* amin) {
   const int id = threadIdx.x % 32;
-  uint32_t amax, amin;
-  lane.Extremes(columns, &amax, &amin);
-  GroupExtremes(&amax, &amin);
-  const LogScale scale = LogScaleOf(table, id, amax, amin);
+  lane.Extremes(columns, amax, amin);
+  GroupExtremes(amax, amin);
+  const LogScale scale = LogScaleOf(table, id, *amax, *amin);
   const bool past_end = __shfl_sync(~0u, columns, id & ~3) <= 0;
-  const uint32_t good = __ballot_sync(~0u, past_end || (amax < kF32One && scale.range > 0));
+  const uint32_t good = __ballot_sync(~0u, past_end || (*amax < kF32One && scale.range > 0));
   const uint32_t piece = piece_columns == kStepColumns ? ~0u : id < 16 ? 0xFFFFu : 0xFFFF0000u;
-  if ((good & piece) != piece) return false;
-  uint32_t words[kLogfmtLaneWords] = {};
-  if (columns > 0) lane.Encode(table, id, CodeRuleOf(scale), words);
 #pragma unroll
-  for (int i = 0; i < kLogfmtLaneWords; i += 2) {
-    *reinterpret_cast<uint2*>(codes + kLogfmtLaneWords * id + i) = make_uint2(words[i], words[i + 1]);
-  }
-  if (id % 4 == 0 && !past_end) {
-    Source<T>::Set(scales + id / 2, amax);
-    Source<T>::Set(scales + id / 2 + 1, amin);
-  }
+  for (int i = 0; i < kLogfmtLaneWords; ++i) codes[i] = 0;
+  if ((good & piece) != piece) return false;
+  if (columns > 0) lane.Encode(table, id, CodeRuleOf(scale), codes);
   return true;
 }
 
-// The lane's 32 columns of an encoded piece again: `codes` are the lane's ten words, `scales` its group's (amax, amin).
+// The lane's 32 columns of an encoded piece again, from its codes and its group's (amax, amin).
 template <class T>
-__device__ __forceinline__ LogfmtLane<T> DecodeLane(const uint32_t* codes, const T* scales, const LogTable& logs,
-                                                    const ExpTable& exps) {
+__device__ __forceinline__ LogfmtLane<T> DecodeLane(const uint32_t (&codes)[kLogfmtLaneWords], uint32_t amax,
+                                                    uint32_t amin, const LogTable& logs, const ExpTable& exps) {
   const int id = threadIdx.x % 32;
-  uint32_t words[kLogfmtLaneWords];
-#pragma unroll
-  for (int i = 0; i < kLogfmtLaneWords; i += 2) {
-    const uint2 two = *reinterpret_cast<const uint2*>(codes + i);
-    words[i] = two.x, words[i + 1] = two.y;
-  }
-  const LogScale scale = LogScaleOf(logs, id, Source<T>::Get(scales), Source<T>::Get(scales + 1));
   LogfmtLane<T> lane;
-  lane.Decode(exps, id % ExpTable::kCopies, ValueRuleOf(scale), words);
+  lane.Decode(exps, id % ExpTable::kCopies, ValueRuleOf(LogScaleOf(logs, id, amax, amin)), codes);
   return lane;
 }
 

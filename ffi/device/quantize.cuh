@@ -86,13 +86,6 @@ struct Source<__nv_bfloat16> {
     return (bits[0] + 0x7FFF + (bits[0] >> 16 & 1)) >> 16 | ((bits[1] + 0x7FFF + (bits[1] >> 16 & 1)) & 0xFFFF0000);
 #endif
   }
-  // One number that is exact in the dtype, as f32 bits.
-  static __host__ __device__ __forceinline__ uint32_t Get(const __nv_bfloat16* x) {
-    return static_cast<uint32_t>(*reinterpret_cast<const uint16_t*>(x)) << 16;
-  }
-  static __host__ __device__ __forceinline__ void Set(__nv_bfloat16* x, uint32_t bits) {
-    *reinterpret_cast<uint16_t*>(x) = static_cast<uint16_t>(bits >> 16);
-  }
 };
 
 template <>
@@ -130,12 +123,6 @@ struct Source<__half> {
   static __host__ __device__ __forceinline__ uint32_t Round(const uint32_t (&bits)[2]) {
     return Half(bits[0]) | Half(bits[1]) << 16;
   }
-  static __host__ __device__ __forceinline__ uint32_t Get(const __half* x) {
-    return AsBits(Float(*reinterpret_cast<const uint16_t*>(x)));
-  }
-  static __host__ __device__ __forceinline__ void Set(__half* x, uint32_t bits) {
-    *reinterpret_cast<uint16_t*>(x) = static_cast<uint16_t>(Half(bits));
-  }
 
  private:
   static __host__ __device__ __forceinline__ float Float(uint32_t half) {
@@ -172,8 +159,6 @@ struct Source<float> {
   }
   static __host__ __device__ __forceinline__ uint32_t LesserMagnitude(uint32_t word) { return word; }
   static __host__ __device__ __forceinline__ uint32_t Round(const uint32_t (&bits)[1]) { return bits[0]; }
-  static __host__ __device__ __forceinline__ uint32_t Get(const float* x) { return AsBits(*x); }
-  static __host__ __device__ __forceinline__ void Set(float* x, uint32_t bits) { *x = AsFloat(bits); }
 };
 
 // ---- arithmetic of one group

@@ -14,9 +14,20 @@ struct AnyCall {
   uint64_t epoch;
   Operation operation;
   int rank, num_ranks;
+  uint32_t dead;  // a bit for each masked rank; all bits if this rank is masked itself
 
   __device__ uint64_t Tag(uint32_t state) const { return epoch << kStateBits | state; }
+  __device__ bool IsDead(int peer) const { return (dead >> peer & 1) != 0; }
+  // Whether this rank and `peer` have to do with each other: neither waits for a masked rank or stores into its memory,
+  // and a masked rank does so with none.
+  __device__ bool Reaches(int peer) const { return peer < num_ranks && !IsDead(peer); }
 };
+
+// AnyCall::dead of `rank`.
+__device__ __forceinline__ uint32_t DeadRanks(const GroupView* group, int rank) {
+  const auto dead = static_cast<uint32_t>(LoadRelaxedSys(&group->membership));
+  return (dead >> rank & 1) != 0 ? ~0u : dead;
+}
 
 // A call through the window. Made by BeginCall, ended by EndCall.
 struct Call : AnyCall {
@@ -42,6 +53,7 @@ __device__ __forceinline__ Call BeginCall(const GroupView* group, Operation oper
   call.window = group->window[call.rank];
   call.ledger = call.window;
   call.epoch = LoadRelaxedSys(&call.window->epoch) + 1;
+  call.dead = DeadRanks(group, call.rank);
   call.operation = operation;
   call.parity = static_cast<int>(call.epoch & 1);
   return call;
@@ -118,7 +130,7 @@ __device__ __forceinline__ bool Await(const Call& call, const uint64_t* flag, ui
 // reading the peer's.
 __device__ __forceinline__ void Post(const Call& call, int lane) {
   const int peer = threadIdx.x % 32;
-  if (peer < call.num_ranks) {
+  if (call.Reaches(peer)) {
     FenceSys();
     StoreRelaxedSys(&call.Peer(peer)->post[call.parity][call.rank][lane], call.Tag(kPosted));
     FenceSeqCstSys();
@@ -131,9 +143,9 @@ __device__ __forceinline__ void Post(const Call& call, int lane) {
 __device__ __forceinline__ void Leave(const Call& call, int post_lane, int progress_lane) {
   const int peer = threadIdx.x % 32;
   const uint64_t* progress = &call.window->progress[peer][progress_lane];
-  if (peer < call.num_ranks && !HasFailed(call)) Await(call, progress, kDone, kLeave, peer, progress_lane);
+  if (call.Reaches(peer) && !HasFailed(call)) Await(call, progress, kDone, kLeave, peer, progress_lane);
   __syncwarp();
-  if (peer < call.num_ranks && HasFailed(call)) {
+  if (call.Reaches(peer) && HasFailed(call)) {
     StoreRelaxedSys(&call.Peer(peer)->post[call.parity][call.rank][post_lane], call.Farewell());
     FenceSeqCstSys();
     if (LoadAcquireSys(&call.window->post[call.parity][peer][post_lane]) == call.Tag(kPosted)) {

@@ -1,5 +1,5 @@
-// The results of a dispatch that failed: zeros, and -1 for places. By all threads, kThreads, of the block that ends the
-// call.
+// The results of a dispatch that failed, or of a masked rank: zeros, and -1 for places. By all threads, kThreads, of
+// the block that ends the call.
 #pragma once
 
 #include "device/wait.cuh"

@@ -144,33 +144,61 @@ class Taken {
   unsigned int next_;
 };
 
+// A row without a token, by one warp.
+__device__ __forceinline__ void WriteZeroRow(const DispatchPlan& plan, const char* zeros, int64_t row) {
+  const DispatchParams& p = plan.params;
+  const int lane = threadIdx.x % 32;
+  if (p.num_row_arrays > 0) {
+    const int64_t row_bytes = p.rows[0].row_bytes;
+    for (int64_t offset = static_cast<int64_t>(lane) * plan.zero_bytes; offset < row_bytes;
+         offset += 32 * plan.zero_bytes) {
+      const int num_bytes = static_cast<int>(min(static_cast<int64_t>(plan.zero_bytes), row_bytes - offset));
+      BulkStore(p.rows[0].recv + row * row_bytes + offset, zeros, num_bytes);
+    }
+    CommitBulkGroup();
+    WaitBulkRead<4>();
+  }
+  if (p.num_row_arrays > 1) {
+    for (int64_t j = lane; j < p.rows[1].row_bytes; j += 32) p.rows[1].recv[row * p.rows[1].row_bytes + j] = 0;
+  }
+  const int num_choices = p.layout == Layout::kRank ? p.num_topk : 1;
+  if (lane < num_choices) {
+    if (p.recv_weights != nullptr) p.recv_weights[row * num_choices + lane] = 0.f;
+    if (p.recv_topk_idx != nullptr && p.operation != kDispatchCached) p.recv_topk_idx[row * num_choices + lane] = -1;
+  }
+}
+
 __device__ inline void WriteZeroRows(const DispatchPlan& plan, const ZeroRows& zero, const char* zeros, Taken& taken) {
   constexpr int kRows = 4;  // at once
-  const DispatchParams& p = plan.params;
-  const int lane = threadIdx.x % 32, num_rows = zero.before[zero.num_ranges];
+  const int num_rows = zero.before[zero.num_ranges];
   int range = 0;
   for (int64_t first; (first = static_cast<int64_t>(taken.Next()) * kRows) < num_rows;) {
     for (int i = static_cast<int>(first); i < min(static_cast<int>(first) + kRows, num_rows); ++i) {
       while (i >= zero.before[range + 1]) ++range;
-      const int64_t row = zero.first[range] + (i - zero.before[range]);
-      if (p.num_row_arrays > 0) {
-        const int64_t row_bytes = p.rows[0].row_bytes;
-        for (int64_t offset = static_cast<int64_t>(lane) * plan.zero_bytes; offset < row_bytes;
-             offset += 32 * plan.zero_bytes) {
-          const int num_bytes = static_cast<int>(min(static_cast<int64_t>(plan.zero_bytes), row_bytes - offset));
-          BulkStore(p.rows[0].recv + row * row_bytes + offset, zeros, num_bytes);
-        }
-        CommitBulkGroup();
-        WaitBulkRead<4>();
-      }
-      if (p.num_row_arrays > 1) {
-        for (int64_t j = lane; j < p.rows[1].row_bytes; j += 32) p.rows[1].recv[row * p.rows[1].row_bytes + j] = 0;
-      }
-      const int num_choices = p.layout == Layout::kRank ? p.num_topk : 1;
-      if (lane < num_choices) {
-        if (p.recv_weights != nullptr) p.recv_weights[row * num_choices + lane] = 0.f;
-        if (p.recv_topk_idx != nullptr && p.operation != kDispatchCached)
-          p.recv_topk_idx[row * num_choices + lane] = -1;
+      WriteZeroRow(plan, zeros, zero.first[range] + (i - zero.before[range]));
+    }
+  }
+}
+
+// A routing from before the mask has rows for masked ranks' tokens too. The copying warps share the tokens; `warp` is
+// this one's among those of its block.
+__device__ __noinline__ static void WriteRowsOfDead(const DispatchPlan& plan, const Call& call, const char* zeros,
+                                                    int warp) {
+  constexpr int kBesideSenders = kDispatchWarps - kFirstCopyWarp;
+  const DispatchParams& p = plan.params;
+  const int lane = threadIdx.x % 32;
+  const auto warps_of = [&](int num_blocks) {
+    const int with_senders = min(num_blocks, plan.num_send_blocks);
+    return with_senders * kBesideSenders + (num_blocks - with_senders) * kDispatchWarps;
+  };
+  for (int source = 0; source < call.num_ranks; ++source) {
+    if (call.Reaches(source)) continue;
+    const int64_t first = static_cast<int64_t>(source) * p.num_tokens;
+    for (int token = warps_of(blockIdx.x) + warp; token < p.num_tokens; token += warps_of(gridDim.x)) {
+      const int here = lane < p.num_topk ? p.recv_slot[(first + token) * p.num_topk + lane] : -1;
+      const int row = DistinctRow(plan, here);
+      for (uint32_t holders = __ballot_sync(~0u, row >= 0); holders != 0; holders &= holders - 1) {
+        WriteZeroRow(plan, zeros, __shfl_sync(~0u, row, __ffs(holders) - 1));
       }
     }
   }
@@ -224,13 +252,14 @@ __device__ inline void CopyRows(const DispatchPlan& plan, const Call& call, Disp
     }
   }
   if (came) WriteZeroRows(plan, zero, zeros, zero_rows);
+  if (came && call.dead != 0 && p.operation == kDispatchCached) WriteRowsOfDead(plan, call, zeros, warp);
   if (came && p.num_row_arrays > 0 && plan.copies_on() && num_sources > 0) {
     const auto num_jobs = static_cast<unsigned int>(longest * num_lanes) * num_sources;  // < 2 * choices of the ranks
     for (unsigned int i; came && (i = copies.Next()) < num_jobs;) {
       const int all_lanes = static_cast<int>(i / num_sources), nth = static_cast<int>(i) - all_lanes * num_sources;
       const int step = all_lanes / num_lanes, sending_lane = all_lanes - step * num_lanes;
       const int source = (call.rank + num_sources - nth) % call.num_ranks, token = token_of(step, sending_lane);
-      if (token < 0) continue;
+      if (token < 0 || !call.Reaches(source)) continue;
       const int chunk = sending_lane * plan.chunks_per_lane + step / plan.chunk_tokens;
       came = await(&call.window->arrived[source][chunk], kDone, source, chunk);
       if (!came) break;

@@ -28,13 +28,14 @@ __device__ void SendCachedWeights(const DispatchPlan& plan, const Call& call, co
     const int slot = p.slot[i], rank = slot >= 0 ? slot / capacity : -1, first = i / num_topk * num_topk;
     const float weight = p.topk_weights[i];
     if (p.layout != Layout::kRank) {
-      if (slot >= 0) reinterpret_cast<float*>(shared.address[rank][kRecvWeights])[slot % capacity] = weight;
+      if (slot >= 0 && call.Reaches(rank))
+        reinterpret_cast<float*>(shared.address[rank][kRecvWeights])[slot % capacity] = weight;
       continue;
     }
     // Column k of each row that the token has: the gate on the rank of choice k, zero on the others.
     for (int k = 0; k < num_topk; ++k) {
       const int other = p.slot[first + k];
-      if (other < 0) continue;
+      if (other < 0 || !call.Reaches(other / capacity)) continue;
       float* row = reinterpret_cast<float*>(shared.address[other / capacity][kRecvWeights]) +
                    static_cast<int64_t>(other % capacity) * num_topk;
       row[i - first] = other == slot ? weight : 0.f;
@@ -70,7 +71,7 @@ __global__ void __launch_bounds__(DispatchThreads(kEncodes), 1)
     InitMbarrier(&shared.copy_full[0][0] + i);
   FenceMbarrierInit();
   if (p.refused && threadIdx.x == 0) Refuse(call);
-  const bool takes_part = __syncthreads_and(!p.refused && !HasFailed(call));
+  const bool takes_part = __syncthreads_and(!p.refused && !HasFailed(call) && !call.IsDead(call.rank));
 
   Sender<kEncodes> rows(plan, call, shared, send_stages);
   if (sender && takes_part) rows.Begin();
@@ -79,11 +80,12 @@ __global__ void __launch_bounds__(DispatchThreads(kEncodes), 1)
       CountTokens<kThreads>(plan, call, notify, shared, [&](int bin, int count) {
         for (int i = 0; i < call.num_ranks; ++i) {
           const int peer = (call.rank + 1 + i) % call.num_ranks;
-          call.Peer(peer)->counts[call.parity][call.rank][block][bin] = count;
+          if (!call.Reaches(peer)) continue;
+          call.Peer(peer)->counts[call.parity][call.rank][blockIdx.x][bin] = count;
         }
       });
     }
-    if (threadIdx.x < call.num_ranks) {
+    if (call.Reaches(threadIdx.x)) {
       Mail* mail = &call.Peer(threadIdx.x)->mail[call.parity][call.rank][block];
       mail->address[kRecvRows] = reinterpret_cast<uint64_t>(p.rows[0].recv);
       mail->address[kRecvRows1] = reinterpret_cast<uint64_t>(p.rows[1].recv);
@@ -122,6 +124,7 @@ __global__ void __launch_bounds__(DispatchThreads(kEncodes), 1)
     }
     if (met && send_block) {
       if (cached && p.topk_weights != nullptr) SendCachedWeights(plan, call, shared);
+      if (!cached && call.dead != 0) ForgetDeadSources(plan, call);
       if (!cached && p.layout == Layout::kRank) WriteRankSlots(plan, call, notify, shared, warp - kSendWarps);
       if (!cached && p.layout != Layout::kRank) WriteExpertSlots(plan, call, notify, shared, warp - kSendWarps);
     }
@@ -138,7 +141,7 @@ __global__ void __launch_bounds__(DispatchThreads(kEncodes), 1)
     }
   }
   if (IsLastBlock(call)) {
-    if (HasFailed(call)) ClearResults<kThreads>(p, call);
+    if (HasFailed(call) || call.IsDead(call.rank)) ClearResults<kThreads>(p, call);
     if (threadIdx.x < 2 * kMaxSendBlocks) call.window->taken_chunks[threadIdx.x] = 0;
     if (threadIdx.x == 0) call.window->taken_own_rows = call.window->taken_zero_rows = call.window->taken_copies = 0;
     EndCall(call);

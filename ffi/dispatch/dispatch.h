@@ -21,6 +21,7 @@ enum class Layout : int { kExpert, kRank, kBatched };
 
 constexpr int kMaxRowArrays = 2;
 constexpr int kMaxTopk = 32;  // one warp lane a choice
+constexpr int kLost = -2;     // less the rank: the slot of a choice whose rank is masked. Like -1 it is no row
 constexpr int kMaxEncodedHidden = 16384;
 
 // One array of rows, moved as bytes. The first array's rows are a multiple of 16 bytes.

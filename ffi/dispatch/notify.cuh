@@ -113,12 +113,14 @@ __device__ inline bool Meet(const DispatchPlan& plan, const Call& call, Dispatch
   bool met = true;
   for (int i = threadIdx.x; i < call.num_ranks * num_lanes; i += kThreads) {
     const int peer = i / num_lanes, lane = cached ? blockIdx.x : i % num_lanes;
+    if (!call.Reaches(peer)) continue;
     met &= Await(call, &call.window->post[call.parity][peer][lane], kPosted, kMeet, peer, lane);
   }
   met = __syncthreads_and(met);
   const int mail_lane = static_cast<int>(blockIdx.x) < plan.num_send_blocks ? blockIdx.x : 0;
   for (int i = threadIdx.x; i < call.num_ranks * kNumAddresses; i += kThreads) {
     const int peer = i / kNumAddresses, address = i % kNumAddresses;
+    if (!call.Reaches(peer)) continue;
     shared.address[peer][address] =
         Translate(call, peer, call.window->mail[call.parity][peer][mail_lane].address[address]);
   }
@@ -151,6 +153,7 @@ __device__ inline void PlaceExperts(const DispatchPlan& plan, const Call& call, 
   for (int bin = first_bin + static_cast<int>(threadIdx.x); bin < plan.num_bins; bin += kThreads) {
     int total = 0, before = 0;
     for (int source = 0; source < call.num_ranks; ++source) {
+      if (!call.Reaches(source)) continue;
       int count[kMaxSendBlocks];  // all on their way at once
 #pragma unroll
       for (int block = 0; block < kMaxSendBlocks; ++block) {
@@ -212,6 +215,18 @@ __device__ __forceinline__ void ReleaseSlots(DispatchShared& shared, int warp, i
   if (threadIdx.x % 32 == 0) StoreReleaseShared(&shared.slotted[warp], token);
 }
 
+// Masked ranks have no rows here: their part of recv_slot, that of this block's tokens. Called by the routing warps.
+__device__ __noinline__ static void ForgetDeadSources(const DispatchPlan& plan, const Call& call) {
+  const DispatchParams& p = plan.params;
+  const int begin = plan.TokenBegin(kSendWarps * blockIdx.x), end = plan.TokenBegin(kSendWarps * (blockIdx.x + 1));
+  const int thread = static_cast<int>(threadIdx.x) - 32 * kSendWarps;
+  for (int source = 0; source < call.num_ranks; ++source) {
+    if (call.Reaches(source)) continue;
+    int32_t* const recv_slot = p.recv_slot + static_cast<int64_t>(source) * p.num_tokens * p.num_topk;
+    for (int i = begin * p.num_topk + thread; i < end * p.num_topk; i += 32 * kRouteWarps) recv_slot[i] = -1;
+  }
+}
+
 // Layouts "expert" and "batched": slot, the peers' recv_slot and weights of this warp's tokens.
 template <class Shared>
 __device__ inline void WriteExpertSlots(const DispatchPlan& plan, const Call& call, const NotifyShared& notify,
@@ -233,12 +248,14 @@ __device__ inline void WriteExpertSlots(const DispatchPlan& plan, const Call& ca
     __syncwarp();
     const int rank = expert >= 0 ? expert / num_local : -1;
     const int limit = p.layout == Layout::kBatched ? (expert % num_local + 1) * p.expert_capacity : p.max_recv_tokens;
-    if (expert < 0 || row >= limit) row = -1;
+    const bool lost = expert >= 0 && call.IsDead(rank);
+    if (expert < 0 || row >= limit || lost) row = -1;
     if (i < end) {
-      p.slot[i] = row >= 0 ? rank * p.max_recv_tokens + row : -1;
+      p.slot[i] = row >= 0 ? rank * p.max_recv_tokens + row : lost ? kLost - rank : -1;
       if constexpr (std::is_same_v<Shared, DispatchShared>) {
         for (int n = 0; n < call.num_ranks; ++n) {
           const int peer = (call.rank + 1 + n) % call.num_ranks;
+          if (!call.Reaches(peer)) continue;
           reinterpret_cast<int32_t*>(shared.address[peer][kRecvSlot])[mine + i] = peer == rank ? row : -1;
         }
         if (row >= 0 && p.topk_weights != nullptr)
@@ -269,7 +286,8 @@ __device__ inline void WriteRankSlots(const DispatchPlan& plan, const Call& call
     for (int rank = 0; rank < call.num_ranks; ++rank) {
       const uint32_t members = __ballot_sync(~0u, ranks >> rank & 1);
       const int row = next[rank] + __popc(members & ((1u << lane) - 1));
-      token_row[lane * call.num_ranks + rank] = (ranks >> rank & 1) && row < p.max_recv_tokens ? row : -1;
+      const bool holds = (ranks >> rank & 1) != 0 && row < p.max_recv_tokens && !call.IsDead(rank);
+      token_row[lane * call.num_ranks + rank] = holds ? row : -1;
       __syncwarp();
       if (lane == 0) next[rank] += __popc(members);
       __syncwarp();
@@ -284,10 +302,12 @@ __device__ inline void WriteRankSlots(const DispatchPlan& plan, const Call& call
       const int rank = expert >= 0 ? expert / num_local : -1;
       const int32_t* rows = token_row + of * call.num_ranks;
       const int row = rank >= 0 ? rows[rank] : -1;
-      p.slot[i] = row >= 0 ? rank * p.max_recv_tokens + row : -1;
+      const bool lost = rank >= 0 && call.IsDead(rank);
+      p.slot[i] = row >= 0 ? rank * p.max_recv_tokens + row : lost ? kLost - rank : -1;
       if constexpr (std::is_same_v<Shared, DispatchShared>) {
         for (int n = 0; n < call.num_ranks; ++n) {
           const int peer = (call.rank + 1 + n) % call.num_ranks;
+          if (!call.Reaches(peer)) continue;
           reinterpret_cast<int32_t*>(shared.address[peer][kRecvSlot])[mine + i] = peer == rank ? row : -1;
           if (rows[peer] < 0) continue;
           const int64_t place = static_cast<int64_t>(rows[peer]) * num_topk + k;

@@ -51,8 +51,8 @@ struct DispatchPlan {
   const char* x;       // what the senders load, [T, x_row_bytes]
   int64_t x_row_bytes;
   Pieces send, copy;
-  // With an encoding: columns of a piece, whole steps of a group if there are more than one; whole rows in shared
-  // memory, values and behind them scales, that a sender has beside its stages; 2 or 3 of them.
+  // With an encoding: columns of a piece, a multiple of kStepColumns unless a row is one piece; and beside a sender's
+  // stages 2 or 3 slots, each for a whole row's values and behind them its scales.
   int piece_columns, slots, slot_stride;
   int send_bytes;                       // of a sending warp's stages and slots
   int zero_bytes;                       // of shared memory that stay zero

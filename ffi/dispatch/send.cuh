@@ -103,7 +103,8 @@ class Sender {
         }
         const int rank = slot >= 0 ? slot / p.max_recv_tokens : -1, row = slot - rank * p.max_recv_tokens;
         const uint32_t same = __match_any_sync(~0u, rank);
-        const bool sends = rank >= 0 && (kEncodes || rank != call_.rank) && (same & ((1u << lane_) - 1)) == 0;
+        const bool sends =
+            rank >= 0 && (kEncodes || rank != call_.rank) && call_.Reaches(rank) && (same & ((1u << lane_) - 1)) == 0;
         char* const target = sends ? reinterpret_cast<char*>(shared_.address[rank][kRecvRows]) : nullptr;
         char* const second = sends ? reinterpret_cast<char*>(shared_.address[rank][kRecvRows1]) : nullptr;
         if constexpr (kEncodes) {
@@ -284,7 +285,7 @@ class Sender {
 // Tells the peers what of this block has arrived, until both senders are done, then leaves its lane.
 __device__ inline void Publish(const DispatchPlan& plan, const Call& call, DispatchShared& shared, bool met) {
   const int peer = threadIdx.x % 32;
-  uint64_t* const progress = peer < call.num_ranks ? &call.Peer(peer)->progress[call.rank][blockIdx.x] : nullptr;
+  uint64_t* const progress = call.Reaches(peer) ? &call.Peer(peer)->progress[call.rank][blockIdx.x] : nullptr;
   if (met && progress != nullptr) {
     FenceSys();  // the slots of this block, gates and choices before the flag
     StoreRelaxedSys(progress, call.Tag(kPosted));
@@ -306,7 +307,7 @@ __device__ inline void Publish(const DispatchPlan& plan, const Call& call, Dispa
       const uint32_t count = sent[warp] & ~(kSenderDone | kSenderGone);
       for (; published[warp] < count; ++published[warp]) {
         const uint32_t chunk = LoadAcquireShared(&shared.number[warp][published[warp] % kChunkRing]);
-        if (plan.copies_on() && peer < call.num_ranks)
+        if (plan.copies_on() && progress != nullptr)
           StoreRelaxedSys(&call.Peer(peer)->arrived[call.rank][chunk], call.Tag(kDone));
       }
       __syncwarp();

@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <atomic>
 #include <deque>
+#include <set>
 #include <stdexcept>
 
 #include "combine/combine.h"
@@ -37,6 +38,8 @@ struct Registry {
   std::map<int64_t, Run> runs;           // by id: the last ones
   std::deque<int64_t> run_ids;           // the same, the oldest first
   std::atomic<uint64_t> num_runs{0};     // read without the mutex too
+  std::set<int> dead;                    // devices
+  std::set<int> unmaskable;              // devices of groups over nodes
 
   // Called with the mutex held.
   Run& Meet(int64_t id) {
@@ -73,6 +76,16 @@ void Check(const char* what, cudaError_t error) {
   throw std::runtime_error(std::string("jax_ep: making a group failed: ") + what + ": " + cudaGetErrorString(error));
 }
 
+// Throws if one of the devices is among `others`, where one of both is masked and the other of a group over nodes.
+void CheckMaskable(const std::vector<int>& devices, const std::set<int>& others) {
+  for (int device : devices) {
+    if (others.count(device) == 0) continue;
+    throw std::runtime_error("jax_ep: device " + std::to_string(device) +
+                             " is in a group over several nodes, whose kernels cannot go on without it. Take it off "
+                             "jax_ep.config.dead_devices, or start anew without it.");
+  }
+}
+
 // The calling thread's device is as before when this goes.
 class DeviceGuard {
  public:
@@ -101,7 +114,7 @@ std::string InWords(const Status& status, const std::string& who, const std::str
   const auto number = [](uint64_t epoch) { return std::to_string(epoch & 0xffffffff); };
   if (status.phase == kInFlight) {
     return std::string(kOperations[status.operation]) + ": " + who +
-           " was given a value in flight that no start of this group has made";
+           " was given a value in flight that no start of this group has made, or one from before its mask changed";
   }
   std::string text = std::string(kOperations[status.operation]) + ": " + who + " waited for " + whom + " in phase " +
                      kPhases[status.phase] + ", lane " + std::to_string(status.lane) + ", call " + number(epoch) +
@@ -117,11 +130,13 @@ std::string InWords(const Status& status, const std::string& who, const std::str
 
 }  // namespace
 
-Group::Group(const std::vector<Place>& places) : ranks_(places.size()) {
+Group::Group(const std::vector<int>& devices, const std::vector<Place>& places)
+    : devices_(devices), ranks_(places.size()) {
   if (places.empty() || places.size() > kMaxRanks) {
     throw std::runtime_error("jax_ep: a group must have 1 to " + std::to_string(kMaxRanks) + " ranks, got " +
                              std::to_string(places.size()));
   }
+  generations_ = {{0, 0, DeadRanks()}};
   spans_processes_ = std::any_of(places.begin(), places.end(), [](const Place& place) { return place.device < 0; });
   DeviceGuard guard;
   for (size_t i = 0; i < places.size(); ++i) {
@@ -173,6 +188,7 @@ Group::Group(const std::vector<Place>& places) : ranks_(places.size()) {
     view.num_ranks = num_ranks();
     view.timeout_ns = TheRegistry().timeout_ns;
     view.status = ranks_[i].status;
+    view.membership = generations_.back().dead;
     for (size_t peer = 0; peer < ranks_.size(); ++peer) {
       view.window[peer] = ranks_[peer].window;
       view.shift[peer] = ranks_[peer].place.shift;
@@ -205,7 +221,7 @@ Group& Group::OfDevices(const std::vector<int>& devices) {
     }
     places.push_back(place);
   }
-  registry.groups.push_back(std::unique_ptr<Group>(new Group(places)));
+  registry.groups.push_back(std::unique_ptr<Group>(new Group(devices, places)));
   return *(registry.by_devices[devices] = registry.groups.back().get());
 }
 
@@ -213,8 +229,8 @@ void Group::MakeSpanning(const std::vector<int>& devices, const std::vector<Plac
   Registry& registry = TheRegistry();
   std::lock_guard<std::mutex> lock(registry.mutex);
   if (registry.by_devices.count(devices) != 0) return;
-  registry.groups.push_back(std::unique_ptr<Group>(new Group(places)));
-  registry.groups.back()->generation_ = registry.spanning_generation;
+  registry.groups.push_back(std::unique_ptr<Group>(new Group(devices, places)));
+  registry.groups.back()->generations_.back().number = registry.spanning_generation;
   registry.by_devices[devices] = registry.groups.back().get();
 }
 
@@ -240,7 +256,7 @@ bool Group::HasFailedSpanning() {
     if (!group->spans_processes_) continue;
     std::lock_guard<std::mutex> group_lock(group->mutex_);
     if (group->failure_.empty()) group->failure_ = group->Listen();
-    if (!group->failure_.empty()) return true;
+    if (!group->failure_.empty() || group->generations_.back().dead != group->DeadRanks()) return true;
   }
   return false;
 }
@@ -258,7 +274,8 @@ void Group::Resume(uint64_t generation) {
   for (const auto& group : registry.groups) {
     if (!group->spans_processes_) continue;
     std::lock_guard<std::mutex> group_lock(group->mutex_);
-    group->generation_ = generation;
+    group->generations_ = {{generation, 0, group->DeadRanks()}};
+    group->told_before_ = generation;
     group->failure_.clear();
   }
 }
@@ -270,6 +287,48 @@ void Group::SetTimeout(double seconds) {
   if (registry.groups.empty()) return;  // on a machine without CUDA too
   DeviceGuard guard;
   for (const auto& group : registry.groups) group->SetViewTimeout(registry.timeout_ns);
+}
+
+void Group::SetDead(const std::vector<int>& devices) {
+  Registry& registry = TheRegistry();
+  std::lock_guard<std::mutex> lock(registry.mutex);
+  CheckMaskable(devices, registry.unmaskable);
+  registry.dead = std::set<int>(devices.begin(), devices.end());
+  for (const auto& group : registry.groups) {
+    std::lock_guard<std::mutex> group_lock(group->mutex_);
+    const Generation newest = group->generations_.back();
+    const uint32_t dead = group->DeadRanks();
+    if (group->spans_processes_ || newest.dead == dead) continue;
+    group->generations_.push_back({newest.number + 1, registry.num_runs + 1, dead});
+  }
+}
+
+void Group::ForbidMasks(const std::vector<int>& devices) {
+  Registry& registry = TheRegistry();
+  std::lock_guard<std::mutex> lock(registry.mutex);
+  CheckMaskable(devices, registry.dead);
+  registry.unmaskable.insert(devices.begin(), devices.end());
+}
+
+bool Group::IsDead(int device) {
+  Registry& registry = TheRegistry();
+  std::lock_guard<std::mutex> lock(registry.mutex);
+  return registry.dead.count(device) != 0;
+}
+
+std::vector<int> Group::DeadDevices() {
+  Registry& registry = TheRegistry();
+  std::lock_guard<std::mutex> lock(registry.mutex);
+  return std::vector<int>(registry.dead.begin(), registry.dead.end());
+}
+
+// Of the registry's dead devices, as a mask of ranks. Called with its mutex held.
+uint32_t Group::DeadRanks() const {
+  uint32_t dead = 0;
+  for (size_t rank = 0; rank < devices_.size(); ++rank) {
+    if (TheRegistry().dead.count(devices_[rank]) != 0) dead |= 1u << rank;
+  }
+  return dead;
 }
 
 void Group::SetViewTimeout(uint64_t timeout_ns) {
@@ -419,9 +478,12 @@ std::string Group::Listen() {
     const uint32_t failures = status.failures;
     if (failures == rank.heard) continue;
     rank.heard = failures;
-    if (status.epoch >> kCountBits < generation_) continue;  // a consequence of what has been told
+    if (status.epoch >> kCountBits < told_before_) continue;  // a consequence of what has been told
     news +=
         (news.empty() ? "" : "; ") + InWords(status, name(status.rank), name(status.peer), TheRegistry().timeout_ns);
+    if (status.peer != status.rank) {
+      news += " (rank " + std::to_string(status.peer) + " is device " + std::to_string(devices_[status.peer]) + ")";
+    }
   }
   return news;
 }
@@ -435,20 +497,30 @@ std::string Group::Hear() {
     return failure_.empty() ? "" : failure_ + ". Call jax_ep.initialize() in every process to begin anew";
   }
   if (!news.empty()) {
-    ++generation_;
+    const Generation newest = generations_.back();
     refused_runs_ = TheRegistry().num_runs;
+    generations_.push_back({newest.number + 1, refused_runs_ + 1, newest.dead});
+    told_before_ = newest.number + 1;
     failure_ = news;
   }
   return news;
 }
 
+// That of a run's calls. Called with the mutex held.
+const Group::Generation& Group::GenerationOf(uint64_t run) const {
+  size_t i = generations_.size() - 1;
+  while (i > 0 && generations_[i].first_run > run) --i;
+  return generations_[i];
+}
+
 // Called with the mutex held.
-std::string Group::BeginGeneration(int rank, cudaStream_t stream) {
-  ranks_[rank].generation = generation_;
+std::string Group::Begin(const Generation& generation, int rank, cudaStream_t stream) {
+  ranks_[rank].generation = generation.number;
   Ledgers ledgers{};
   ledgers.ledger[ledgers.count++] = ranks_[rank].window;
   for (const auto& arena : arenas_) ledgers.ledger[ledgers.count++] = reinterpret_cast<Ledger*>(arena->of_rank[rank]);
-  const cudaError_t error = LaunchBeginGeneration(ledgers, generation_, stream);
+  ledgers.view = ranks_[rank].view;
+  const cudaError_t error = LaunchBeginGeneration(ledgers, generation.number, generation.dead, stream);
   return error == cudaSuccess ? "" : std::string("a new generation could not begin: ") + cudaGetErrorString(error);
 }
 
@@ -475,7 +547,8 @@ std::string Group::BeginRun(int rank, int64_t run, cudaStream_t stream) {
   std::lock_guard<std::mutex> lock(mutex_);
   ranks_[rank].main = stream;
   const bool refused = spans_processes_ ? !failure_.empty() : number <= refused_runs_;  // heard of meanwhile
-  return refused || ranks_[rank].generation == generation_ ? "" : BeginGeneration(rank, stream);
+  const Generation& generation = GenerationOf(number);
+  return refused || ranks_[rank].generation >= generation.number ? "" : Begin(generation, rank, stream);
 }
 
 // Calls of a rank share its window: on whatever stream one is launched, it runs after those launched before. A call
@@ -509,9 +582,9 @@ std::string Group::Enter(int rank, int64_t run, cudaStream_t stream) {
   }
   const std::string failure = Hear();
   if (spans_processes_ && !failure.empty()) return failure;
-  if (ranks_[rank].generation == generation_) return "";
   if (!spans_processes_ && number <= refused_runs_) return failure_;
-  return BeginGeneration(rank, stream);
+  const Generation& generation = GenerationOf(number);
+  return ranks_[rank].generation >= generation.number ? "" : Begin(generation, rank, stream);
 }
 
 std::string Group::CheckShared(int rank, const void* address) {

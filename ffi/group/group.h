@@ -47,13 +47,21 @@ class Group {
   static void SetOrdinals(const std::map<int, int>& ordinal_by_device);
   // The JAX id of a device of this process.
   static int DeviceOf(int ordinal);
-  // Of the groups that span processes: whether a call failed here since the last Resume; their generation; the
-  // beginning of the next, by a number on which all processes have agreed.
+  // Of the groups that span processes: whether a call failed here since the last Resume, or the dead are others now;
+  // their generation; the beginning of the next, by a number on which all processes have agreed.
   static bool HasFailedSpanning();
   static uint64_t SpanningGeneration();
   static void Resume(uint64_t generation);
   // How long a wait for a peer may take, for all groups, now and later.
   static void SetTimeout(double seconds);
+  // The devices (JAX's ids) whose ranks take no part in any group from now on, until told otherwise. Within a process
+  // it holds from each group's next run on, over several from Resume on.
+  static void SetDead(const std::vector<int>& devices);  // throws std::runtime_error, as said by ForbidMasks
+  // None of these devices can be masked from now on: they are in groups over nodes, whose kernels know of no mask, and
+  // would wait for them. Throws std::runtime_error if one is masked, as SetDead does later.
+  static void ForbidMasks(const std::vector<int>& devices);
+  static bool IsDead(int device);
+  static std::vector<int> DeadDevices();
   // True where the first device reads and writes the memory of the others directly, and they each other's.
   static bool HavePeerAccess(const std::vector<int>& devices);
 
@@ -82,8 +90,9 @@ class Group {
   // the groups `devices` (group by group, `num_ranks` each), in a sentence, or nothing. If something has, the run is to
   // be given up. Whoever asks first decides, so all devices of the process give a run up or none does.
   static std::string HearBefore(int64_t run, const std::vector<int>& devices, int num_ranks);
-  // After that, on the run's stream: if a run of this group has failed, calls of `rank` from here on are of a new
-  // generation, so none pairs with one from before, be it launched or replayed in a CUDA graph.
+  // After that, on the run's stream: if a run of this group has failed or its dead ranks are others now, calls of
+  // `rank` from here on are of a new generation, so none pairs with one from before, be it launched or replayed in a
+  // CUDA graph.
   std::string BeginRun(int rank, int64_t run, cudaStream_t stream);
   // Before each launch of `rank` on `stream`: what has failed meanwhile, in a sentence, or nothing. If something has,
   // the call is to be launched as refused and the sentence to be raised, like all that follow in the runs that have
@@ -105,8 +114,8 @@ class Group {
     cudaStream_t aside = nullptr;  // for the host's writes while kernels wait: the default stream could wait for them
     cudaStream_t push = nullptr;   // of forks, before others where multiprocessors are short: peers wait for them
     cudaEvent_t forked = nullptr;
-    uint32_t heard = 0;            // failures of this rank that the host has heard of
-    uint64_t generation = 0;       // of this rank's calls
+    uint32_t heard = 0;       // failures of this rank that the host has heard of
+    uint64_t generation = 0;  // of this rank's calls
     // Calls beside the run's main stream, as XLA places those inside of compute_on: one is being launched now, one was
     // launched since the last on the main stream; and the events that keep them apart from the others.
     cudaStream_t main = nullptr;
@@ -121,24 +130,35 @@ class Group {
     std::vector<uint64_t> starts;  // of each rank's halves
   };
 
-  explicit Group(const std::vector<Place>& places);
+  // Calls of one generation pair with each other only, and have the same dead ranks. In one process a failure and a new
+  // mask begin one, from the first run on that no rank has met yet.
+  struct Generation {
+    uint64_t number, first_run;
+    uint32_t dead;
+  };
+
+  Group(const std::vector<int>& devices, const std::vector<Place>& places);
   SharedArena* FindSharedArena(Purpose purpose, int64_t bytes);
   ArenaView ViewOf(int rank, Purpose purpose, int64_t bytes, int64_t window_bytes, int depth);
   void SetViewTimeout(uint64_t timeout_ns);
   bool is_local(const Rank& rank) const { return rank.place.device >= 0; }
   std::string Listen();
   std::string Hear();
-  std::string BeginGeneration(int rank, cudaStream_t stream);
+  uint32_t DeadRanks() const;
+  const Generation& GenerationOf(uint64_t run) const;
+  std::string Begin(const Generation& generation, int rank, cudaStream_t stream);
   static cudaError_t Follow(Rank& rank, cudaStream_t stream);
 
+  std::vector<int> devices_;
   std::vector<Rank> ranks_;
   bool spans_processes_;
   std::mutex making_;  // held while arenas are made
   std::mutex mutex_;   // of what follows, and of heard and generation
   std::vector<std::unique_ptr<SharedArena>> arenas_;
-  uint64_t generation_ = 0;    // in one process: failures heard of
-  uint64_t refused_runs_ = 0;  // in one process: how many had begun when the last failure was heard of
-  std::string failure_;        // in one process the last, else the first of this generation
+  std::vector<Generation> generations_;  // the newest last; of a group that spans processes only that
+  uint64_t told_before_ = 0;             // what fails in earlier generations is a consequence of what has been told
+  uint64_t refused_runs_ = 0;            // in one process: how many had begun when the last failure was heard of
+  std::string failure_;                  // in one process the last, else the first of this generation
 };
 
 }  // namespace jax_ep

@@ -7,24 +7,26 @@
 
 namespace jax_ep {
 
-constexpr int kLandingDepth = 2;  // calls in flight: two micro-batches, each of which has one at a time
-constexpr int kMaxLandingChunks = 128;   // parts of a rank's tokens, each with flags of its own
+constexpr int kLandingDepth = 2;        // calls in flight: two micro-batches, each of which has one at a time
+constexpr int kMaxLandingChunks = 128;  // parts of a rank's tokens, each with flags of its own
 constexpr int64_t kPartAlignment = 128;
 
 // What the stage kernel of a start tells its push kernel.
 struct Order {
   uint64_t number;  // of the start, see Fork; stored last
   uint64_t epoch;
-  uint64_t goes;  // 0: there is nothing to push, the call has failed
+  uint64_t goes;  // 0: there is nothing to push, the call has failed or its rank is masked
+  uint64_t dead;  // AnyCall::dead, which may be another when the push kernel begins
 };
 
 struct Landing : Arena {
   // Own kernels only.
-  unsigned int read;                           // blocks of the running done kernel that have read its window
-  Order orders[kLandingDepth];                 // by number of the start
+  unsigned int read;                                  // blocks of the running done kernel that have read its window
+  Order orders[kLandingDepth];                        // by number of the start
   uint64_t staged[kLandingDepth][kMaxLandingChunks];  // by window: the last call whose chunk is ready to be pushed
   // Written by peers, indexed by the writer.
-  alignas(128) uint64_t arrived[kLandingDepth][kMaxRanks][kMaxLandingChunks];  // by window: the last call whose chunk is here
+  alignas(128)
+      uint64_t arrived[kLandingDepth][kMaxRanks][kMaxLandingChunks];  // by window: the last call whose chunk is here
 
   // Then kLandingDepth windows of LandingLayout.
 };

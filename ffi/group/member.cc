@@ -32,7 +32,8 @@ xla::ffi::Error FindRank(const char* operation, int ordinal, xla::ffi::Span<cons
 xla::ffi::Error Failed(const char* operation, const std::string& failure) {
   return xla::ffi::Error::Internal(std::string(operation) +
                                    ": an earlier call of this group failed, and its results are zero: " + failure +
-                                   ". Look at the named rank; jax_ep.config.timeout sets how long a rank waits.");
+                                   ". Look at the named rank; jax_ep.config.timeout sets how long a rank waits, and "
+                                   "jax_ep.config.dead_devices which ranks the others go on without.");
 }
 
 }  // namespace

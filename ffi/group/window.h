@@ -63,6 +63,10 @@ struct GroupView {
   Status* status;
   Window* window[kMaxRanks];
   uint64_t shift[kMaxRanks];  // what makes an address in that rank's mail one of this process; 0 in its own
+  // generation << 32 | a bit for each masked rank: one word, so that a rank's calls change both at once. Written by
+  // own kernels between calls; it only grows.
+  uint64_t membership;
+  uint64_t masked_since;  // the generation in which the mask last changed
 };
 
 enum Operation : uint32_t { kDispatch, kDispatchCached, kNotify, kCombine, kBarrier, kCombineGrad };

@@ -58,7 +58,7 @@ __device__ __forceinline__ void StageTargets(const CombineHalf& work, const Aren
       const int row = lane < p.num_topk ? HereOf(p, rank, token)[lane] : -1;
       ranks |= __any_sync(~0u, row >= 0) ? 1u << rank : 0;
     }
-    if (lane == 0) TargetsOf(call, work.layout)[token] = ranks;
+    if (lane == 0) TargetsOf(call, work.layout)[token] = ranks & ~call.dead;
   }
 }
 
@@ -91,7 +91,7 @@ __global__ void __launch_bounds__(kHalfBounds) StageCombineKernel(const __grid_c
     if (layout.row_bytes > 0) StageSums<T, kWeighted>(work, call, begin, end);
     ReleaseChunk(call, chunk);
   }
-  LeaveFailed(call, call.failed || !ready);
+  LeaveFailed(call, call.failed || (call.takes_part && !ready));
 }
 
 template <class T>
@@ -108,7 +108,7 @@ __device__ __forceinline__ void SumChunk(const CombineHalf& work, const ArenaCal
     const int slot = next_slot;
     next_slot = load_slot(unit + kHalfWarps);
     const int64_t token = begin + unit / num_groups, first = unit % num_groups * work.group_bytes;
-    const uint32_t ranks = __reduce_or_sync(~0u, slot >= 0 ? 1u << (slot / p.max_recv_tokens) : 0u);
+    const uint32_t ranks = __reduce_or_sync(~0u, slot >= 0 ? 1u << (slot / p.max_recv_tokens) : 0u) & ~call.dead;
     const Rows rows{ranks, part + token * p.row_bytes, 1.f, min(first + work.group_bytes, p.row_bytes)};
     SumOrClear<T, false>(rows, first, p.out + token * p.row_bytes, false);
   }
@@ -118,7 +118,7 @@ __device__ __forceinline__ void TakeCarried(const CombineHalf& work, const Arena
   const CombineParams& p = work.params;
   for (int i = threadIdx.x; i < (end - begin) * p.num_topk; i += kHalfThreads) {
     const int64_t choice = static_cast<int64_t>(begin) * p.num_topk + i;
-    const int slot = p.slot[choice];
+    const int named = p.slot[choice], slot = named >= 0 && call.Reaches(named / p.max_recv_tokens) ? named : -1;
     const char* const part = PartOf(call, work.layout, call.rank, slot >= 0 ? slot / p.max_recv_tokens : 0);
     const auto* const gates = reinterpret_cast<const float*>(part + work.layout.gates_offset);
     p.carried_back[choice] = slot >= 0 ? __ldcg(gates + choice) : 0.f;
@@ -145,7 +145,7 @@ __global__ void __launch_bounds__(kHalfBounds) CombineDoneKernel(const __grid_co
   for (int chunk = blockIdx.x; came && chunk < layout.num_chunks; chunk += gridDim.x) {
     // Warp s waits for rank s; own sums were staged by a kernel before this one.
     for (int source = warp; source < call.num_ranks; source += kHalfWarps)
-      came = came && (source == call.rank || AwaitArrived(call, source, chunk));
+      came = came && (source == call.rank || !call.Reaches(source) || AwaitArrived(call, source, chunk));
     came = __syncthreads_and(came);
     if (!came) break;
     const int begin = layout.ChunkBegin(chunk), end = layout.ChunkBegin(chunk + 1);

@@ -30,7 +30,7 @@ __global__ void __launch_bounds__(kHalfBounds) StageDispatchKernel(const __grid_
     for (int64_t token = begin + warp; token < end; token += kHalfWarps) {
       const int slot = lane < p.num_topk ? p.slot[token * p.num_topk + lane] : -1;
       const uint32_t ranks = __reduce_or_sync(~0u, slot >= 0 ? 1u << (slot / p.max_recv_tokens) : 0u);
-      if (lane == 0) targets[token] = ranks;
+      if (lane == 0) targets[token] = ranks & ~call.dead;
     }
     const auto stage = [&](int64_t offset, const void* from, int64_t bytes) {
       CopyBytes(part + offset + begin * bytes, static_cast<const char*>(from) + begin * bytes, (end - begin) * bytes,
@@ -41,7 +41,7 @@ __global__ void __launch_bounds__(kHalfBounds) StageDispatchKernel(const __grid_
     stage(layout.gates_offset, p.topk_weights, layout.gate_bytes);
     ReleaseChunk(call, chunk);
   }
-  LeaveFailed(call, call.failed || !ready);
+  LeaveFailed(call, call.failed || (call.takes_part && !ready));
 }
 
 // This lane's row of a token, one lane a row.
@@ -124,19 +124,36 @@ __device__ __forceinline__ void LayOutChunk(const DispatchHalf& work, const Aren
   }
 }
 
-__device__ void WriteZeroRows(const DispatchHalf& work, const ZeroRows& zero) {
+// A row without a token, by one warp.
+__device__ __forceinline__ void WriteZeroRow(const DispatchHalf& work, int64_t row) {
   const DispatchParams& p = work.params;
-  const int lane = threadIdx.x % 32, num_rows = zero.before[zero.num_ranges];
-  const int num_choices = p.layout == Layout::kRank ? p.num_topk : 1;
+  const int lane = threadIdx.x % 32, num_choices = p.layout == Layout::kRank ? p.num_topk : 1;
+  const int64_t row_bytes = work.layout.row_bytes, second_bytes = work.layout.second_bytes;
+  for (int64_t offset = lane * 16; offset < row_bytes; offset += 512)
+    *reinterpret_cast<int4*>(p.rows[0].recv + row * row_bytes + offset) = int4{};
+  for (int64_t offset = lane; offset < second_bytes; offset += 32) p.rows[1].recv[row * second_bytes + offset] = 0;
+  if (p.recv_weights != nullptr && lane < num_choices) p.recv_weights[row * num_choices + lane] = 0.f;
+}
+
+__device__ void WriteZeroRows(const DispatchHalf& work, const ZeroRows& zero) {
+  const int num_rows = zero.before[zero.num_ranges];
   int range = 0;
   for (int i = blockIdx.x * kHalfWarps + threadIdx.x / 32; i < num_rows; i += gridDim.x * kHalfWarps) {
     while (i >= zero.before[range + 1]) ++range;
-    const int64_t row = zero.first[range] + (i - zero.before[range]);
-    const int64_t row_bytes = work.layout.row_bytes, second_bytes = work.layout.second_bytes;
-    for (int64_t offset = lane * 16; offset < row_bytes; offset += 512)
-      *reinterpret_cast<int4*>(p.rows[0].recv + row * row_bytes + offset) = int4{};
-    for (int64_t offset = lane; offset < second_bytes; offset += 32) p.rows[1].recv[row * second_bytes + offset] = 0;
-    if (p.recv_weights != nullptr && lane < num_choices) p.recv_weights[row * num_choices + lane] = 0.f;
+    WriteZeroRow(work, zero.first[range] + (i - zero.before[range]));
+  }
+}
+
+// A routing from before the mask has rows for the tokens of `source` too, which is masked.
+__device__ __noinline__ void ClearChunk(const DispatchHalf& work, int source, int chunk) {
+  const DispatchParams& p = work.params;
+  const int lane = threadIdx.x % 32, end = work.layout.ChunkBegin(chunk + 1);
+  const int32_t* const all_here = p.recv_slot + static_cast<int64_t>(source) * p.num_tokens * p.num_topk;
+  for (int token = work.layout.ChunkBegin(chunk) + threadIdx.x / 32; token < end; token += kHalfWarps) {
+    const int here = lane < p.num_topk ? all_here[static_cast<int64_t>(token) * p.num_topk + lane] : -1;
+    const int row = DistinctRow(p, here);
+    for (uint32_t rest = __ballot_sync(~0u, row >= 0); rest != 0; rest &= rest - 1)
+      WriteZeroRow(work, __shfl_sync(~0u, row, __ffs(rest) - 1));
   }
 }
 
@@ -172,6 +189,10 @@ __global__ void __launch_bounds__(kHalfBounds) DispatchDoneKernel(const __grid_c
     WriteZeroRows(work, zero);
     for (int i = blockIdx.x; came && i < layout.num_chunks * num_peers; i += gridDim.x) {
       const int source = (call.rank + 1 + i % num_peers) % call.num_ranks, chunk = i / num_peers;
+      if (!call.Reaches(source)) {
+        ClearChunk(work, source, chunk);
+        continue;
+      }
       came = __syncthreads_and(warp != 0 || AwaitArrived(call, source, chunk));
       if (came) LayOutChunk(work, call, source, chunk);
     }

@@ -74,6 +74,7 @@ __device__ __forceinline__ bool BeginStage(const ArenaCall& call, uint64_t numbe
     Order* const order = &LandingOf(call, call.rank)->orders[number % kLandingDepth];
     StoreRelaxedSys(&order->epoch, call.epoch);
     StoreRelaxedSys(&order->goes, call.takes_part);
+    StoreRelaxedSys(&order->dead, call.dead);
     __threadfence();  // acquired with `number` by AwaitOrder
     StoreRelaxedSys(&order->number, number);
     in_flight[0] = call.epoch, in_flight[1] = ~call.epoch;
@@ -121,7 +122,7 @@ __device__ __forceinline__ void AckRead(const ArenaCall& call) {
   }
   __syncthreads();
   if (!is_last || !call.receives || !call.of_this_generation) return;
-  if (static_cast<int>(threadIdx.x) < call.num_ranks) {
+  if (call.Reaches(threadIdx.x)) {
     FenceSys();
     StoreRelaxedSys(&call.At(threadIdx.x)->acks[call.slot][call.rank], call.epoch);
   }

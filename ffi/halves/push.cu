@@ -38,7 +38,7 @@ struct PushShared {
 // What the stage of this start says; it has begun, or begins now. False: there is nothing to push.
 __device__ bool AwaitOrder(const PushWork& work, ArenaCall* call) {
   const Order* const order = &LandingOf(*call, call->rank)->orders[work.half.number % kLandingDepth];
-  uint64_t number = 0, epoch = 0, goes = 0;
+  uint64_t number = 0, epoch = 0, goes = 0, dead = 0;
   if (threadIdx.x % 32 == 0) {
     const uint64_t begin = NanoSeconds();
     while ((number = LoadAcquireSys(&order->number)) < work.half.number) {
@@ -46,9 +46,11 @@ __device__ bool AwaitOrder(const PushWork& work, ArenaCall* call) {
       if (NanoSeconds() - begin > *const_cast<const volatile uint64_t*>(&call->group->timeout_ns)) break;
     }
     epoch = LoadRelaxedSys(&order->epoch), goes = LoadRelaxedSys(&order->goes);
+    dead = LoadRelaxedSys(&order->dead);
   }
   call->epoch = __shfl_sync(~0u, epoch, 0);
   call->slot = call->SlotOf(call->epoch);
+  call->dead = static_cast<uint32_t>(__shfl_sync(~0u, dead, 0));
   // A later order stands there only where this call's generation has failed.
   return __shfl_sync(~0u, number == work.half.number && goes != 0, 0);
 }
@@ -135,7 +137,7 @@ class Pipe {
     __syncwarp();
     FenceSys();
     for (; next_ < end; next_ += stride_) {
-      if (lane < call_.num_ranks && lane != call_.rank && next_ < work_.layout.num_chunks)
+      if (call_.Reaches(lane) && lane != call_.rank && next_ < work_.layout.num_chunks)
         StoreRelaxedSys(&LandingOf(call_, lane)->arrived[call_.slot][call_.rank][next_], call_.epoch);
     }
   }
@@ -156,6 +158,7 @@ __device__ __forceinline__ void PushSmall(const PushWork& work, const ArenaCall&
   const int lane = threadIdx.x % 32, begin = layout.ChunkBegin(chunk), end = layout.ChunkBegin(chunk + 1);
   for (int n = 1; n < call.num_ranks; ++n) {
     const int peer = (call.rank + n) % call.num_ranks;
+    if (!call.Reaches(peer)) continue;
     const char* const from = PartOf(call, layout, call.rank, OutPart(call, layout, peer));
     char* const to = PartOf(call, layout, peer, call.rank);
     const int64_t second = layout.second_offset + begin * layout.second_bytes,
@@ -216,7 +219,7 @@ __global__ void __launch_bounds__(kPushThreads) PushKernel(const __grid_constant
     pipe.EndChunk();
   }
   pipe.Finish();
-  if (!came && lane < call.num_ranks) StoreRelaxedSys(&call.At(lane)->gone[call.rank], call.epoch);
+  if (!came && call.Reaches(lane)) StoreRelaxedSys(&call.At(lane)->gone[call.rank], call.epoch);
 }
 
 }  // namespace

@@ -25,9 +25,7 @@ struct ArenaCall : AnyCall {
 
   __device__ Arena* At(int peer) const { return reinterpret_cast<Arena*>(arenas->arena[peer]); }
   __device__ Arena* Own() const { return At(rank); }
-  __device__ int SlotOf(uint64_t of) const {
-    return static_cast<int>(static_cast<uint32_t>(of) & (arenas->depth - 1));
-  }
+  __device__ int SlotOf(uint64_t of) const { return static_cast<int>(static_cast<uint32_t>(of) & (arenas->depth - 1)); }
   // What every peer must have read, or for the first calls of a generation begun, before this call's lines are stored.
   __device__ uint64_t ReuseNeeds() const {
     return static_cast<uint32_t>(epoch) > static_cast<uint32_t>(arenas->depth) ? epoch - arenas->depth
@@ -51,6 +49,7 @@ __device__ __forceinline__ ArenaCall BeginArenaCall(const LowLatencyParams& para
   __shared__ struct {
     uint64_t epoch, generation_begin;
     unsigned int turn;
+    uint32_t dead;
     bool none, failed, of_this_generation, window_is_free;
   } begun;
   ArenaCall call;
@@ -64,11 +63,16 @@ __device__ __forceinline__ ArenaCall BeginArenaCall(const LowLatencyParams& para
   if (threadIdx.x / 32 == kReader) {
     const int lane = threadIdx.x % 32, acked_slot = lane % kDepth, acked_by = lane / kDepth;
     const Arena* const own = call.Own();
+    call.dead = DeadRanks(call.group, call.rank);
     const uint64_t epoch = LoadRelaxedSys(&own->epoch), failed_epoch = LoadRelaxedSys(&own->failed_epoch);
     const unsigned int turn = *const_cast<const volatile unsigned int*>(&own->turn);
     const uint64_t gone = lane < call.num_ranks ? LoadRelaxedSys(&own->gone[lane]) : 0;
     uint64_t begun_epoch = 0, complement = 0;
-    if (params.half == Half::kDone) begun_epoch = params.in_flight[0], complement = params.in_flight[1];
+    uint64_t masked_since = 0;
+    if (params.half == Half::kDone) {
+      begun_epoch = params.in_flight[0], complement = params.in_flight[1];
+      masked_since = LoadRelaxedSys(&call.group->masked_since);
+    }
     const uint64_t ack = acked_by < call.num_ranks ? LoadAcquireSys(&own->acks[acked_slot][acked_by]) : ~0ull;
     call.epoch = epoch + 1;
     call.of_this_generation = true;
@@ -76,7 +80,10 @@ __device__ __forceinline__ ArenaCall BeginArenaCall(const LowLatencyParams& para
     if (params.half == Half::kDone) {
       none = begun_epoch == 0 && complement == 0;
       call.of_this_generation = GenerationOf(begun_epoch) == GenerationOf(epoch);
-      if (complement == ~begun_epoch) {
+      // Told are failures; a mask ends a generation without one.
+      const bool untold = GenerationOf(begun_epoch) < masked_since &&
+                          (failed_epoch == 0 || GenerationOf(failed_epoch) < GenerationOf(begun_epoch));
+      if (complement == ~begun_epoch && !untold) {
         call.epoch = begun_epoch;
         failed |= !call.of_this_generation;  // told when that generation failed
       } else if (!none) {
@@ -88,7 +95,8 @@ __device__ __forceinline__ ArenaCall BeginArenaCall(const LowLatencyParams& para
     }
     // A peer that has failed in this generation may have missed calls: what it has sent under this epoch may be
     // another's.
-    if (gone != 0 && GenerationOf(gone) == GenerationOf(call.epoch) && call.of_this_generation && !none) {
+    if (gone != 0 && call.Reaches(lane) && GenerationOf(gone) == GenerationOf(call.epoch) && call.of_this_generation &&
+        !none) {
       Fail(call, kReuse, lane, 0, call.Tag(kPosted), call.Tag(kGone));
       failed = true;
     }
@@ -96,24 +104,26 @@ __device__ __forceinline__ ArenaCall BeginArenaCall(const LowLatencyParams& para
     failed |= call.of_this_generation && failed_epoch != 0 && GenerationOf(failed_epoch) == GenerationOf(call.epoch);
     failed = __any_sync(~0u, failed) && !none;
     call.generation_begin = GenerationOf(epoch) << kCountBits;
-    const bool late = acked_slot == call.SlotOf(call.epoch) && ack < call.ReuseNeeds();
+    const bool late = acked_slot == call.SlotOf(call.epoch) && call.Reaches(acked_by) && ack < call.ReuseNeeds();
     const bool window_is_free = !__any_sync(~0u, late) && call.num_ranks <= 32 / kDepth;
     if (lane == 0) {
       begun.epoch = call.epoch, begun.generation_begin = call.generation_begin, begun.turn = turn;
       begun.none = none, begun.failed = failed, begun.of_this_generation = call.of_this_generation;
       begun.window_is_free = window_is_free;
+      begun.dead = call.dead;
     }
   }
   __syncthreads();
   call.epoch = begun.epoch;
   call.turn = begun.turn;
+  call.dead = begun.dead;
   call.generation_begin = begun.generation_begin;
   call.slot = call.SlotOf(call.epoch);
   call.of_this_generation = begun.of_this_generation;
   call.window_is_free = begun.window_is_free;
   call.failed = begun.failed;
   call.receives = params.half != Half::kStart && !begun.none;
-  call.takes_part = !call.failed && !begun.none;
+  call.takes_part = !call.failed && !begun.none && !call.IsDead(call.rank);
   return call;
 }
 
@@ -124,7 +134,7 @@ __device__ inline void Keep(const ArenaCall& call) {
   const int lane = threadIdx.x % 32;
   Arena* const arena = call.Own();
   if (blockIdx.x == 0) {
-    if (lane < call.num_ranks) {
+    if (call.Reaches(lane)) {
       FenceSys();
       for (int slot = 0; slot < kDepth; ++slot) {
         const uint64_t finished = max(LoadRelaxedSys(&arena->finished[slot]), call.generation_begin);
@@ -153,7 +163,7 @@ __device__ __forceinline__ bool LeaveFailed(const ArenaCall& call, bool failed) 
     atomicAdd(left, 1u);
   }
   if (!failed) return false;
-  if (static_cast<int>(threadIdx.x) < call.num_ranks && call.of_this_generation) {
+  if (call.Reaches(threadIdx.x) && call.of_this_generation) {
     FenceSys();
     StoreRelaxedSys(&call.At(threadIdx.x)->gone[call.rank], call.epoch);
   }
@@ -214,7 +224,7 @@ __device__ __forceinline__ bool AwaitReuse(const ArenaCall& call) {
   Patience patience;
   while (true) {
     uint64_t ack = ~0ull, gone = 0;
-    if (lane < call.num_ranks) {
+    if (call.Reaches(lane)) {
       ack = LoadAcquireSys(&call.Own()->acks[call.slot][lane]);
       gone = LoadRelaxedSys(&call.Own()->gone[lane]);
     }

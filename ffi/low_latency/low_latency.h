@@ -24,6 +24,7 @@ struct LowLatencyParams {
   // [2]: the call that a kStart has begun and its complement; its result, and kDone's operand. All zero: no call, and
   // kDone gives zeros. Null with kBoth.
   uint64_t* in_flight;
+  bool logfmt;  // of a combine: sums travel in LogFMT-10 (device/logfmt.cuh), own ones too; nothing is carried
 };
 
 struct LowLatencyConfig {
@@ -34,7 +35,7 @@ struct LowLatencyConfig {
 // at: weights, carried and an encoding count as present if they are not null. With a half the handle must be known:
 // kDispatchCached.
 int64_t LowLatencyDispatchBytes(const DispatchParams& params, int num_ranks);
-int64_t LowLatencyCombineBytes(const CombineParams& params, int num_ranks);
+int64_t LowLatencyCombineBytes(const CombineParams& params, int num_ranks, bool logfmt = false);
 
 cudaError_t LaunchLowLatencyDispatch(const DispatchParams& params, const LowLatencyParams& low_latency,
                                      const LowLatencyConfig& config, cudaStream_t stream);

@@ -208,7 +208,7 @@ __device__ __forceinline__ uint32_t RanksOf(const DispatchWork& work, const Aren
     rank = work.has_table() ? work.by_local(destination)
                             : static_cast<uint32_t>(destination) / static_cast<uint32_t>(p.max_recv_tokens);
   }
-  const uint32_t ranks = __reduce_or_sync(~0u, goes ? 1u << rank : 0u);
+  const uint32_t ranks = __reduce_or_sync(~0u, goes ? 1u << rank : 0u) & ~call.dead;
   return work.own_lines ? ranks : ranks & ~(1u << call.rank);
 }
 
@@ -374,7 +374,7 @@ struct Jobs {
   }
 };
 
-enum class Kind : int { kNothing, kOwnRow, kZeros, kCounts, kRouting, kLines, kNone };
+enum class Kind : int { kNothing, kOwnRow, kZeros, kCounts, kRouting, kLines, kAbsent, kNone };
 
 struct Job {
   Kind kind;
@@ -407,6 +407,7 @@ __device__ __forceinline__ Job TakeJob(const DispatchWork& work, const ArenaCall
     job.piece = index - part * work.cut.pieces, job.token = work.by_sources(part);
     job.source = call.rank - 1 - (part - job.token * work.num_sources);
     if (job.source < 0) job.source += call.num_ranks;
+    if (!call.Reaches(job.source)) job.kind = Kind::kAbsent;  // in a routing from before the mask: its rows are zero
   } else {
     return job;
   }
@@ -466,8 +467,11 @@ __device__ __noinline__ void WriteRouting(const DispatchWork& work, const ArenaC
   const int here = choice.rank == call.rank ? choice.row : -1, row = __reduce_max_sync(~0u, here);
   if (lane >= p.num_topk) return;
   p.recv_slot[(int64_t{source} * p.num_tokens + token) * p.num_topk + lane] = here;
-  if (source == call.rank)
-    p.slot[int64_t{token} * p.num_topk + lane] = choice.row >= 0 ? choice.rank * p.max_recv_tokens + choice.row : -1;
+  if (source == call.rank) {
+    int slot = choice.row >= 0 ? choice.rank * p.max_recv_tokens + choice.row : -1;
+    if (choice.rank >= 0 && call.IsDead(choice.rank)) slot = kLost - choice.rank;
+    p.slot[int64_t{token} * p.num_topk + lane] = slot;
+  }
   if (p.layout == Layout::kRank && row >= 0)
     p.recv_topk_idx[int64_t{row} * p.num_topk + lane] =
         choice.rank == call.rank ? choice.expert - call.rank * work.num_local : -1;
@@ -493,6 +497,9 @@ __device__ __forceinline__ bool DoJobs(const DispatchWork& work, const ArenaCall
         place[v] = in_record ? record + v * kGroupBytes + threadIdx.x % 32 * 16 : nullptr;
       }
       LookForLines(place, bits);
+    } else if (moves_row && job.kind == Kind::kAbsent) {
+#pragma unroll
+      for (int v = 0; v < kMaxGroups; ++v) bits[v] = uint4{};
     } else if (moves_row) {
       LoadPiece(work, job.token, first_line, bits);
     } else if (job.kind == Kind::kZeros) {

@@ -10,6 +10,7 @@
 //     dispatch_start   rows..., weights?, handle        -> in flight...
 //     dispatch_done    in flight..., handle             -> rows..., weights?
 //     combine          y?, weights?, carried?, handle   -> out?, carried_back?
+//                      `wire`: 0, or 1 for LogFMT-10, which carries nothing
 //     combine_start    y?, weights?, carried?, handle   -> in flight...
 //     combine_done     in flight..., handle             -> out?, carried_back?
 //
@@ -136,7 +137,7 @@ ffi::Error Dispatch(cudaStream_t stream, int32_t device, ffi::RunId run, ffi::Sp
 template <Half half>
 ffi::Error Combine(cudaStream_t stream, int32_t device, ffi::RunId run, ffi::Span<const int64_t> devices,
                    int64_t num_ranks, int64_t one_row_a_rank, int64_t max_recv_tokens, int64_t has_rows,
-                   int64_t has_weights, int64_t has_carried, int64_t num_sms, ffi::RemainingArgs args,
+                   int64_t has_weights, int64_t has_carried, int64_t num_sms, int64_t wire, ffi::RemainingArgs args,
                    ffi::RemainingRets rets) {
   constexpr const char* kName = half == Half::kStart  ? "combine_start"
                                 : half == Half::kDone ? "combine_done"
@@ -147,6 +148,8 @@ ffi::Error Combine(cudaStream_t stream, int32_t device, ffi::RunId run, ffi::Spa
   p.one_row_a_rank = one_row_a_rank != 0;
   p.max_recv_tokens = static_cast<int>(max_recv_tokens);
   const size_t num_moved = has_rows + has_weights + has_carried, num_back = has_rows + has_carried;
+  if (wire < 0 || wire > 1 || (wire != 0 && has_rows == 0)) return InvalidArgument(kName, "unexpected wire format");
+  low_latency.logfmt = wire != 0;
   if (args.size() != num_moved + 3 || rets.size() != num_back || (half == Half::kDone && has_weights != 0)) {
     return InvalidArgument(kName, "unexpected number of operands or results");
   }
@@ -191,7 +194,7 @@ ffi::Error Combine(cudaStream_t stream, int32_t device, ffi::RunId run, ffi::Spa
     low_latency.in_flight = Data<uint64_t>(in_flight);
   }
   Member member;
-  const int64_t window_bytes = LowLatencyCombineBytes(p, static_cast<int>(num_ranks));
+  const int64_t window_bytes = LowLatencyCombineBytes(p, static_cast<int>(num_ranks), low_latency.logfmt);
   if (ffi::Error error =
           FindArenas(kName, stream, device, run, devices, num_ranks, window_bytes, &member, &low_latency);
       error.failure())
@@ -234,6 +237,7 @@ auto CombineBinding() {
       .Attr<int64_t>("has_weights")
       .Attr<int64_t>("has_carried")
       .Attr<int64_t>("num_sms")
+      .Attr<int64_t>("wire")
       .RemainingArgs()
       .RemainingRets();
 }

@@ -144,8 +144,9 @@ __device__ __forceinline__ bool SendTable(const DispatchWork& work, const ArenaC
 #pragma unroll 1
     for (int n = 1; n < call.num_ranks; ++n) {
       if ((group * (call.num_ranks - 1) + n - 1) % gridDim.x != blockIdx.x) continue;
-      if (!ready && !(ready = AwaitReuse(call))) return false;
       const int peer = call.rank + n < call.num_ranks ? call.rank + n : call.rank + n - call.num_ranks;
+      if (!call.Reaches(peer)) continue;
+      if (!ready && !(ready = AwaitReuse(call))) return false;
       __syncwarp();  // the lanes of a line store together
       if (line < work.lines.table) StoreLine(call.Lines(peer, call.rank, source_bytes) + place, bits[0]);
     }
@@ -175,7 +176,12 @@ __device__ __forceinline__ bool ReceiveTables(const DispatchWork& work, const Ar
       const int line = first + v * kGroupLines;
       place[v] = line < work.lines.table ? from + line * kLineBytes : nullptr;
     }
-    if (!ReceiveLines(call, place, bits, [&](int) { return source; }, 0)) return false;
+    if (!call.Reaches(source)) {  // its tokens have no choices
+#pragma unroll
+      for (int v = 0; v < kMaxGroups; ++v) bits[v] = make_uint4(~0u, ~0u, ~0u, ~0u);
+    } else if (!ReceiveLines(call, place, bits, [&](int) { return source; }, 0)) {
+      return false;
+    }
 #pragma unroll
     for (int v = 0; v < kMaxGroups; ++v) {
       if (place[v] != nullptr) *reinterpret_cast<uint4*>(to + (first + v * kGroupLines) * kLineBytes) = bits[v];

@@ -46,7 +46,7 @@ from jax_ep._src.compat import ad, pe
 from jax_ep._src.handle import Routing
 
 Zero = ad.Zero
-_COMBINES = (p.combine_p, p.combine_start_p)  # these take a wire format
+_COMBINES = (p.combine_p, p.combine_start_p, p.combine_done_p)  # these take a wire format
 
 
 def _no_wire(primitive: compat.Primitive) -> dict[str, Any]:

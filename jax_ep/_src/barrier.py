@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jax_ep._src import check, compat, group, targets
+from jax_ep._src import check, compat, group, membership, targets
 
 MAX_RANKS = 32  # one lane of a warp a rank
 
@@ -21,8 +21,9 @@ def barrier(axis_name: str | tuple[str, ...]) -> jax.Array:
       axis_name: the mesh axis, or a tuple of them.
 
     Returns:
-      s32[1], the number of ranks that came. On GPUs the call is made even if nothing uses that; elsewhere XLA keeps only
-      what is used. `x, came = jax.lax.optimization_barrier((x, came))` puts later work behind it, if `came` is used too.
+      s32[1], the number of ranks that came: all that are not masked (`jax_ep.config.dead_devices`). On GPUs the call is made
+      even if nothing uses that; elsewhere XLA keeps only what is used.
+      `x, came = jax.lax.optimization_barrier((x, came))` puts later work behind it, if `came` is used too.
 
     Raises:
       NameError: the axis is not bound.
@@ -47,9 +48,13 @@ def _abstract_eval(one: Any, *, axis_name: tuple[str, ...], num_ranks: int) -> A
     return [compat.result_aval(one, (1,), jnp.int32, axes)], compat.named_axis_effects(axis_name)
 
 
-def _reference(one: jax.Array, *, axis_name: tuple[str, ...], num_ranks: int) -> list[jax.Array]:
+def _reference(
+    one: jax.Array, *, axis_name: tuple[str, ...], num_ranks: int, dead: jax.Array | None = None
+) -> list[jax.Array]:
     del num_ranks
-    return [compat.as_varying(lax.psum(one, axis_name), axis_name)]
+    is_dead = dead is not None and dead[lax.axis_index(axis_name)]
+    came = compat.as_varying(lax.psum(jnp.where(is_dead, 0, one), axis_name), axis_name)
+    return [jnp.where(is_dead, 0, came)]
 
 
 def _cuda(ctx: Any, one: Any, *, axis_name: tuple[str, ...], num_ranks: int) -> Any:
@@ -61,7 +66,7 @@ def _cuda(ctx: Any, one: Any, *, axis_name: tuple[str, ...], num_ranks: int) -> 
     return jax.ffi.ffi_lowering(target, has_side_effect=True)(ctx, one, devices=devices, num_ranks=np.int64(num_ranks))
 
 
-_lower_reference = compat.mlir.lower_fun(_reference, multiple_results=True)
+_lower_reference = membership.lowering(_reference)
 barrier_p.def_effectful_abstract_eval(_abstract_eval)
 compat.mlir.register_lowering(barrier_p, _lower_reference)
 compat.mlir.register_lowering(barrier_p, _cuda, platform="cuda")

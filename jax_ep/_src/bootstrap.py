@@ -28,7 +28,9 @@ def initialize() -> None:
 
     In a single process, and when called again, it does nothing. After an error of its own it may be called again: a process
     that came too late is then found. After a call over several processes has failed, every later one fails too, until every
-    process has called `initialize` again: the next call of each is then the first of a new beginning.
+    process has called `initialize` again: the next call of each is then the first of a new beginning. A process whose devices
+    are all in `jax_ep.config.dead_devices`, which the others have set alike, is not waited for; nor does a new value of it
+    hold over several processes before that.
 
     Raises:
       RuntimeError: `jax.distributed.initialize()` was not called although this is one of several processes; processes
@@ -70,9 +72,20 @@ def _resume(client: Any, me: int, num_processes: int) -> None:
     """After a failure, here or where somebody says so: all processes agree on the generation in which calls go on."""
     topic = f"resume {_state['resumed']}"
     if targets.has_failed_spanning() or coordination.somebody_spoke(client, topic):
-        generations = coordination.gather(client, topic, targets.spanning_generation(), me, num_processes)
+        generations = coordination.gather(
+            client, topic, targets.spanning_generation(), me, num_processes, without=_dead_processes()
+        )
         targets.resume(1 + max(generations))
         _state["resumed"] += 1
+
+
+def _dead_processes() -> set[int]:
+    """The processes that have devices, all of them masked."""
+    if not config.dead_devices:
+        return set()
+    devices = jax.devices()
+    living = {device.process_index for device in devices if device.id not in config.dead_devices}
+    return {device.process_index for device in devices} - living
 
 
 def _versions(versions: dict[str, str]) -> str:

@@ -6,8 +6,6 @@ the sums, to the bit), autodiff.py and batching.py the transformations.
 
 from __future__ import annotations
 
-import dataclasses
-
 import jax
 from jax.ad_checkpoint import checkpoint_name
 
@@ -77,8 +75,6 @@ def combine_start(
       >>> out = jax_ep.combine_done(pending) + shared
     """
     rows, weights = check.combine("combine_start", y, handle, weights, wire)
-    if wire is not None:  # no kernel of halves has one, and the done half does not know of it
-        handle = dataclasses.replace(handle, routing=dataclasses.replace(handle.routing, mode="reference"))
     routing = handle.routing
     if weights is None:
         rows, *arrays = align(routing, rows, *handle.arrays)
@@ -86,7 +82,7 @@ def combine_start(
     else:
         operands = align(routing, rows, weights, *handle.arrays)
         (sums,) = combine_weighted_start_p.bind(*operands, routing=routing, wire=wire)
-    return CombineInFlight(sums, handle)
+    return CombineInFlight(sums, handle, wire)
 
 
 def combine_done(pending: CombineInFlight) -> jax.Array:
@@ -104,7 +100,7 @@ def combine_done(pending: CombineInFlight) -> jax.Array:
     routing = pending.handle.routing
     check.bound_as_before("combine_done", pending.handle)
     sums, *arrays = align(routing, pending.rows, *pending.handle.arrays)
-    (out,), _ = move(combine_done_p, (sums,), None, arrays, routing)
+    (out,), _ = move(combine_done_p, (sums,), None, arrays, routing, wire=pending.wire)
     return _shape_tokens(out, pending.handle)
 
 

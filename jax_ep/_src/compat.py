@@ -31,6 +31,7 @@ __all__ = [
     "distributed_client",
     "distributed_process",
     "effectful_primitive",
+    "lowers_for_export",
     "mlir",
     "named_axis_effects",
     "pe",
@@ -51,6 +52,11 @@ def axis_size(names: Iterable[str]) -> int:
     for name in names:
         size *= int(_core.get_axis_env().axis_size(name))
     return size
+
+
+def lowers_for_export(ctx: Any) -> bool:
+    """Whether a lowering rule's context is that of jax.export."""
+    return bool(ctx.module_context.lowering_parameters.for_export)
 
 
 def check_vma_enabled() -> bool:

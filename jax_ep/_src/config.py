@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
+import jax
+
 from jax_ep._src import targets
+
+_MAX_DEAD = 64  # kMaxDead in ffi/group/barrier.h
 
 
 class Config:
-    """Settings that concern the process, never the meaning of a call.
+    """Settings that concern the process. Only `dead_devices` bears upon what a call gives.
 
     Attributes:
       timeout: seconds after which a wait for another rank or process gives up and becomes an error (default 60).
@@ -18,19 +24,27 @@ class Config:
       arena_bytes: memory on every GPU, shared when `initialize` is called, for what groups over several processes keep
         between calls (default 256 MiB): a size of low-latency call takes up to 8 times what a rank receives in it. Where it
         is used up, further memory is made while programs are lowered. The same in every process.
+      dead_devices: devices (`jax.Device` or their ids) whose ranks take no part, in whatever group they are; none by default.
+        Nobody waits for them, sends to them or writes into their memory; rows for their experts are dropped and counted in
+        `num_dropped` of the rank that would have sent them; `combine` adds without them; their own results are zeros.
+        Setting it takes effect with each group's next run, in compiled programs too; in a group over several processes
+        with the next `initialize`, which every process whose devices are not all dead calls. RuntimeError for a device
+        of a group over several nodes, as is lowering such a group with a masked device. docs/faults.md has more.
 
     Example:
       >>> import jax_ep
       >>> jax_ep.config.timeout = 120.0
+      >>> jax_ep.config.dead_devices = [jax.devices()[3]]          # an error has named its rank: go on without it
     """
 
-    __slots__ = ("_arena_bytes", "_max_groups", "_timeout")
+    __slots__ = ("_arena_bytes", "_dead_devices", "_max_groups", "_timeout")
 
     _timeout: float
 
     def __init__(self) -> None:
         self._max_groups = 8
         self._arena_bytes = 256 << 20
+        self._dead_devices: frozenset[int] = frozenset()
         self.timeout = 60.0
 
     @property
@@ -60,6 +74,25 @@ class Config:
         self._arena_bytes = int(number)
 
     @property
+    def dead_devices(self) -> frozenset[int]:
+        """Ids of the devices whose ranks take no part."""
+        return self._dead_devices
+
+    @dead_devices.setter
+    def dead_devices(self, devices: Iterable[int | jax.Device]) -> None:
+        ids = [device.id if isinstance(device, jax.Device) else device for device in devices]
+        if not all(isinstance(i, int) and not isinstance(i, bool) and 0 <= i < 2**31 for i in ids):
+            raise TypeError(
+                f"config: dead_devices must be devices or their ids, got {list(devices)}. Pass some of jax.devices(), or []."
+            )
+        if len(set(ids)) > _MAX_DEAD:
+            raise ValueError(
+                f"config: dead_devices must be at most {_MAX_DEAD} devices, got {len(set(ids))}. Start anew without them."
+            )
+        targets.set_dead(sorted(set(ids)))
+        self._dead_devices = frozenset(ids)
+
+    @property
     def timeout(self) -> float:
         """Seconds after which a wait for another rank or process gives up."""
         return self._timeout
@@ -75,7 +108,10 @@ class Config:
         self._timeout = seconds
 
     def __repr__(self) -> str:
-        return f"jax_ep.config(timeout={self._timeout}, max_groups={self._max_groups}, arena_bytes={self._arena_bytes})"
+        return (
+            f"jax_ep.config(timeout={self._timeout}, max_groups={self._max_groups}, arena_bytes={self._arena_bytes}, "
+            f"dead_devices={sorted(self._dead_devices)})"
+        )
 
 
 config = Config()

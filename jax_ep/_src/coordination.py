@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Container
 from typing import Any
 
 import jax
@@ -14,8 +15,8 @@ import jax
 from jax_ep._src.config import config
 
 
-def gather(client: Any, topic: str, mine: Any, me: int, num_processes: int) -> list[Any]:
-    """Every process's word on `topic`, in the order of the processes; each is anything that JSON holds.
+def gather(client: Any, topic: str, mine: Any, me: int, num_processes: int, without: Container[int] = ()) -> list[Any]:
+    """Every process's word on `topic`, in the order of the processes, `without` some; each is anything that JSON holds.
 
     Raises:
       RuntimeError: processes did not say theirs within `jax_ep.config.timeout` seconds; they are named.
@@ -24,6 +25,8 @@ def gather(client: Any, topic: str, mine: Any, me: int, num_processes: int) -> l
     deadline = time.monotonic() + config.timeout
     words, missing = [], []
     for process in range(num_processes):
+        if process in without:
+            continue
         milliseconds = max(1, round(1000 * (deadline - time.monotonic())))
         try:
             words.append(json.loads(client.blocking_key_value_get(f"jax_ep/{topic}/{process}", milliseconds)))

@@ -9,6 +9,7 @@ devices, ffi/*/*_ffi.cc are the other side.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable
 from typing import Any
@@ -18,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend.mlir.dialects import stablehlo
 
-from jax_ep._src import compat, group, primitives, quantized, reference, targets, tuning
+from jax_ep._src import compat, group, logfmt, membership, primitives, quantized, reference, targets, tuning
 from jax_ep._src.handle import LAYOUTS, Routing
 
 Rule = Callable[..., Any]
@@ -107,7 +108,7 @@ def _dispatch_window(
     )
 
 
-def _combine_window(rows: Any, routing: Routing, has_carried: bool) -> int:
+def _combine_window(rows: Any, routing: Routing, has_carried: bool, wire: str | None = None) -> int:
     row_bytes = sum(_row_bytes(row) for row in rows)
     if not _wants_low_latency(routing, row_bytes):
         return 0
@@ -118,6 +119,7 @@ def _combine_window(rows: Any, routing: Routing, has_carried: bool) -> int:
         max_recv_tokens=routing.max_recv_tokens,
         row_bytes=row_bytes,
         has_carried=has_carried,
+        logfmt_item_bytes=0 if wire is None else rows[0].dtype.itemsize,
     )
 
 
@@ -128,8 +130,11 @@ def _int64(**attributes: int) -> dict[str, Any]:
     return {name: np.int64(value) for name, value in attributes.items()}
 
 
-def _reference(meaning: Rule) -> Rule:
-    return compat.mlir.lower_fun(meaning, multiple_results=True)
+_reference = membership.lowering
+
+
+def _composed(of_primitives: Rule) -> Rule:
+    return compat.mlir.lower_fun(of_primitives, multiple_results=True)
 
 
 def _groups(ctx: Any, routing: Routing, rows: Any = ()) -> group.Groups | None:
@@ -199,7 +204,7 @@ def _dispatch(ctx: Any, *operands: Any, routing: Routing, num_rows: int, has_wei
         if encoded is not None:
             return encoded
         # encoded by XLA, then sent as values and scales
-        return _reference(_encode_and_dispatch)(
+        return _composed(_encode_and_dispatch)(
             ctx, *operands, routing=routing, num_rows=num_rows, has_weights=has_weights, wire=wire
         )
     rows = ctx.avals_in[:num_rows]
@@ -314,13 +319,24 @@ def _combine_attributes(
 
 
 def _call_combine(
-    ctx: Any, operands: Any, routing: Routing, devices: Any, has_rows: bool, has_weights: bool, has_carried: bool
-) -> Any:
+    ctx: Any,
+    operands: Any,
+    routing: Routing,
+    devices: Any,
+    has_rows: bool,
+    has_weights: bool,
+    has_carried: bool,
+    wire: str | None,
+) -> Any | None:
+    """Calls the kernel that serves; None where none knows the wire format."""
     attributes = _combine_attributes(routing, has_rows, has_weights, has_carried, devices)
     over_nodes = group.spans_nodes(devices)
-    window = _combine_window(ctx.avals_in[: int(has_rows)], routing, has_carried)
+    window = _combine_window(ctx.avals_in[: int(has_rows)], routing, has_carried, wire=wire)
     if window > 0 and group.make_arenas(devices, window):
+        attributes |= _int64(wire=wire is not None)
         return _launched_once(jax.ffi.ffi_lowering(targets.LOW_LATENCY_COMBINE)(ctx, *operands, **attributes))
+    if wire is not None:
+        return None
     avals_out = list(ctx.avals_out)
     *moved, slot, recv_slot, _ = operands
     num_scratch = 0 if routing.layout == "rank" else routing.num_ranks - 1
@@ -338,21 +354,63 @@ def _call_combine(
     return _launched_once(results)[: int(has_rows) + int(has_carried)]
 
 
+def encode_and_combine(
+    *operands: jax.Array, routing: Routing, num_rows: int, has_weights: bool, wire: str | None
+) -> list[jax.Array]:
+    """combine in a wire format that the kernel does not know: each rank's sums go through the format in XLA, then to the kernel.
+
+    The kernel gets them as rows of layout "rank", row s * T + t the sum for token t of source s. They travel in y's dtype.
+    `has_weights` is that of combine_weighted: y, weights?, slot, recv_slot, counts.
+    """
+    assert num_rows == 1 and wire is not None
+    y, *weights, slot, recv_slot, counts = operands
+    if routing.layout == "rank":
+        rows = logfmt.logfmt10_roundtrip(y)  # its rows are sums
+    else:
+        sums = reference.partial_sums(y, weights[0] if has_weights else None, recv_slot, routing, wire)
+        rows = sums.reshape(-1, y.shape[1])
+        num_tokens, num_rows_a_rank = routing.num_tokens, rows.shape[0]
+        token = jnp.arange(num_tokens, dtype=jnp.int32)[:, None]
+        source = jnp.arange(routing.num_ranks, dtype=jnp.int32)[:, None, None]
+        owner = slot // routing.max_recv_tokens
+        here = jax.lax.axis_index(routing.axis_name) * num_tokens + token
+        slot = jnp.where(slot < 0, -1, owner * num_rows_a_rank + here)
+        recv_slot = jnp.where(recv_slot < 0, -1, source * num_tokens + token)
+        routing = _as_sums(routing)
+    aligned = primitives.align(routing, rows, slot, recv_slot, counts)
+    return primitives.combine_p.bind(*aligned, routing=routing, num_rows=1, has_weights=False, wire=None)
+
+
+def _as_sums(routing: Routing) -> Routing:
+    """The routing under which encode_and_combine hands its sums over."""
+    return dataclasses.replace(
+        routing,
+        layout="rank",
+        max_recv_tokens=routing.num_ranks * routing.num_tokens,
+        expert_alignment=1,
+        expert_capacity=0,
+        mode="high_throughput",
+    )
+
+
 def _combine(ctx: Any, *operands: Any, routing: Routing, num_rows: int, has_weights: bool, wire: str | None) -> Any:
-    fits = wire is None and _combine_fits(ctx.avals_in[:num_rows], routing)
-    devices = _groups(ctx, routing, ctx.avals_in[:num_rows]) if fits else None
-    if devices is None:
-        static = {"routing": routing, "num_rows": num_rows, "has_weights": has_weights, "wire": wire}
+    rows = ctx.avals_in[:num_rows]
+    devices = _groups(ctx, routing, rows) if _combine_fits(rows, routing) else None
+    static = {"routing": routing, "num_rows": num_rows, "has_weights": has_weights, "wire": wire}
+    if devices is None or (wire is not None and (num_rows != 1 or has_weights)):
         return _reference(reference.combine)(ctx, *operands, **static)
-    return _call_combine(ctx, operands, routing, devices, num_rows == 1, False, has_weights)
+    called = _call_combine(ctx, operands, routing, devices, num_rows == 1, False, has_weights, wire)
+    return _composed(encode_and_combine)(ctx, *operands, **static) if called is None else called
 
 
 def _combine_weighted(ctx: Any, *operands: Any, routing: Routing, wire: str | None) -> Any:
-    fits = wire is None and _combine_fits(ctx.avals_in[:1], routing)
-    devices = _groups(ctx, routing, ctx.avals_in[:1]) if fits else None
+    rows = ctx.avals_in[:1]
+    devices = _groups(ctx, routing, rows) if _combine_fits(rows, routing) else None
     if devices is None:
         return _reference(reference.combine_weighted)(ctx, *operands, routing=routing, wire=wire)
-    return _call_combine(ctx, operands, routing, devices, True, True, False)
+    called = _call_combine(ctx, operands, routing, devices, True, True, False, wire)
+    static = {"routing": routing, "num_rows": 1, "has_weights": True, "wire": wire}
+    return _composed(encode_and_combine)(ctx, *operands, **static) if called is None else called
 
 
 COMBINE_STARTS = (targets.LOW_LATENCY_COMBINE_START, targets.COMBINE_START)
@@ -377,7 +435,7 @@ def _combine_grad(ctx: Any, *operands: Any, routing: Routing) -> Any:
         return _reference(reference.combine_grad)(ctx, *operands, routing=routing)
     window = _dispatch_window([_row_bytes(rows[0])], routing, False, True)
     if group.spans_nodes(devices) or (window > 0 and group.make_arenas(devices, window)):
-        return _reference(_dispatch_and_weigh)(ctx, *operands, routing=routing)
+        return _composed(_dispatch_and_weigh)(ctx, *operands, routing=routing)
     out_bar, y, weights, _, recv_slot, counts = operands
     ctx = ctx.replace(avals_in=[*ctx.avals_in[:3], *ctx.avals_in[4:]])
     attributes = _int64(
@@ -413,16 +471,20 @@ def _call_combine_half(
     """Lowers a half of a combine with rows, weights and carried gates as `kinds` says, or else its `meaning`."""
     has_rows, has_weights, has_carried = kinds
     rows = ctx.avals_in[: int(has_rows)]
+    wire = static.get("wire")
     token_bytes = _row_bytes(rows[0]) if has_rows else 4 * routing.num_topk
-    fits = static.get("wire") is None and _combine_fits(rows, routing) and _holds_in_flight(routing, token_bytes)
+    fits = _combine_fits(rows, routing) and _holds_in_flight(routing, token_bytes) and (wire is None or has_rows)
     devices = _groups(ctx, routing) if fits else None
     target = None
     if devices is not None:
-        window = _combine_window(rows, routing, has_carried)
-        target = _with_room(devices, window, _combine_landing(rows, routing, has_carried), *halves)
+        window = _combine_window(rows, routing, has_carried, wire)
+        landing = 0 if wire is not None else _combine_landing(rows, routing, has_carried)  # only low latency has one
+        target = _with_room(devices, window, landing, *halves)
     if target is None:
         return _reference(meaning)(ctx, *operands, routing=routing, **static)
     attributes = _combine_attributes(routing, has_rows, has_weights, has_carried, devices)
+    if target == halves[0]:
+        attributes |= _int64(wire=wire is not None)
     return _launched_once(jax.ffi.ffi_lowering(target)(ctx, *operands, **attributes))
 
 
@@ -442,8 +504,10 @@ def _combine_weighted_start(ctx: Any, *operands: Any, routing: Routing, wire: st
     )
 
 
-def _combine_done(ctx: Any, *operands: Any, routing: Routing, num_rows: int, has_weights: bool) -> Any:
-    static: dict[str, Any] = {"routing": routing, "num_rows": num_rows, "has_weights": has_weights}
+def _combine_done(
+    ctx: Any, *operands: Any, routing: Routing, num_rows: int, has_weights: bool, wire: str | None
+) -> Any:
+    static: dict[str, Any] = {"routing": routing, "num_rows": num_rows, "has_weights": has_weights, "wire": wire}
     if num_rows > 1:
         return _reference(reference.combine_done)(ctx, *operands, **static)
     kinds = (num_rows == 1, False, has_weights)

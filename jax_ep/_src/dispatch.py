@@ -266,6 +266,7 @@ def _dispatched(
         num_dropped = jnp.maximum(wanted - capacity, 0)
     else:
         num_dropped = jnp.sum(jnp.maximum(counts - routing.expert_capacity, 0))
+    num_dropped += _num_lost(handle.slot, routing)
     return Dispatched(
         x=_shape_rows(rows, routing),
         weights=_shape_rows(weights, routing),
@@ -275,6 +276,15 @@ def _dispatched(
         group_sizes=group_sizes,
         topk_idx=recv_topk_idx,
     )
+
+
+def _num_lost(slot: jax.Array, routing: Routing) -> jax.Array:
+    """Rows of this rank's tokens that nobody holds because their rank is masked."""
+    rank = reference.LOST - slot
+    if routing.layout != "rank":
+        return jnp.sum(rank >= 0, dtype=jnp.int32)
+    is_lost_to = (rank[..., None] == jnp.arange(routing.num_ranks)).any(axis=1)  # a row a (token, rank)
+    return jnp.sum(is_lost_to, dtype=jnp.int32)
 
 
 def _shape_rows(received: Any, routing: Routing) -> Any:

@@ -106,6 +106,7 @@ def _of_nodes(
         return _leave_to_collectives(
             f"there are more than jax_ep.config.max_groups = {nodes.max_groups} groupings of devices"
         )
+    targets.forbid_masks([device for group in groups for device in group])
     targets.set_ordinals(ordinals)
     for group, its_processes in zip(groups, processes, strict=True):
         if not ordinals.keys().isdisjoint(group):

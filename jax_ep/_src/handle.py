@@ -79,9 +79,9 @@ class Handle:
     through `jit` and `shard_map` boundaries, and be used any number of times. Per rank:
 
     Attributes:
-      slot: s32[num_tokens, num_topk], where choice k of token t went: `rank * C + row` on that rank, or -1 for no
-        choice, an id out of range, or a dropped row. With layout "rank" all choices of a token on one rank name the
-        one row that the token has there.
+      slot: s32[num_tokens, num_topk], where choice k of token t went: `rank * C + row` on that rank; -1 for no
+        choice, an id out of range, or a dropped row; -2 - rank where that rank is masked. With layout "rank" all choices of a
+        token on one rank name the one row that the token has there.
       recv_slot: s32[num_ranks, num_tokens, num_topk], the same for the rows on this rank: the row of choice k of
         token t of each source rank, or -1 where it is not here.
       counts: s32[E / R + 1], true number of choices for each local expert before drops, then the rows wanted here
@@ -113,8 +113,9 @@ class Dispatched:
       weights: gates that rode along, f32 in the shape of x's rows ("rank": f32[C, num_topk], 0 where the choice is
         not here), or None if dispatch had no topk_weights.
       num_tokens_per_expert: s32[E / R], choices for each local expert before any drop.
-      num_dropped: s32[1], rows that this rank could not hold. One element rather than a scalar, so that a result can
-        leave shard_map under P(axis_name).
+      num_dropped: s32[1], rows that this rank could not hold, and rows of its own tokens that nobody holds because their
+        rank is masked (`jax_ep.config.dead_devices`). So over all ranks it is the rows wanted less the rows there are.
+        One element rather than a scalar, so that a result can leave shard_map under P(axis_name).
       num_invalid: s32[1], choices of this rank's own tokens that named no expert: below -1, or num_experts and more.
       group_sizes: "expert" only, s32[E / R], aligned sizes of the groups, cut off at C: what `jax.lax.ragged_dot` takes.
       topk_idx: "rank" only, s32[C, num_topk], local expert of each choice, or -1.
@@ -150,3 +151,4 @@ class CombineInFlight:
 
     rows: jax.Array
     handle: Handle
+    wire: str | None = dataclasses.field(metadata={"static": True})

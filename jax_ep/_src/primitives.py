@@ -28,7 +28,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jax_ep._src import compat, quantized, reference
+from jax_ep._src import compat, membership, quantized, reference
 from jax_ep._src.handle import Routing
 
 notify_p = compat.effectful_primitive("jax_ep_notify")
@@ -221,4 +221,4 @@ for _primitive, _meaning in (
     (combine_weighted_start_p, reference.combine_weighted_start),
     (combine_grad_p, reference.combine_grad),
 ):
-    compat.mlir.register_lowering(_primitive, compat.mlir.lower_fun(_meaning, multiple_results=True))
+    compat.mlir.register_lowering(_primitive, membership.lowering(_meaning))

@@ -13,6 +13,9 @@ waits for it as late as it can, wherever a program has it.
 The arithmetic of the sums is part of the contract, to the bit: a product is rounded to f32 before it is added, so an
 `optimization_barrier` stands between (XLA's CPU and GPU backends would contract the two into one FMA).
 Shapes are named as in docs/vocabulary.md: R ranks, T tokens a rank, K choices, C rows, H columns, E experts.
+
+`dead`, bool[R] or None, says which ranks are masked (membership.py). Their tokens are none, rows for them are lost, and their
+results are those of a rank to which nothing is sent.
 """
 
 from __future__ import annotations
@@ -21,20 +24,24 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jax_ep._src import compat, logfmt, quantized
+from jax_ep._src import compat, logfmt, membership, quantized
 from jax_ep._src.handle import Routing
 
 Arrays = list[jax.Array]
+Dead = jax.Array | None
+LOST = -2  # less the rank: the slot of a choice whose rank is masked
 
 
 # ---- routing ---------------------------------------------------------------------------------------------------------
 
 
-def notify(topk_idx: jax.Array, *, routing: Routing) -> Arrays:
+def notify(topk_idx: jax.Array, *, routing: Routing, dead: Dead = None) -> Arrays:
     """s32[T, K] -> slot s32[T, K], recv_slot s32[R, T, K], counts s32[E/R + 1] (and for "rank" recv_topk_idx s32[C, K])."""
     num_local = routing.num_local_experts
     all_idx = lax.all_gather(topk_idx, routing.axis_name)  # s32[R, T, K]
     me = lax.axis_index(routing.axis_name)
+    if dead is not None:
+        all_idx = jnp.where(dead[:, None, None], -1, all_idx)
     valid = (all_idx >= 0) & (all_idx < routing.num_experts)
     owner = jnp.where(valid, all_idx // num_local, -1)
 
@@ -43,8 +50,12 @@ def notify(topk_idx: jax.Array, *, routing: Routing) -> Arrays:
 
     slot = jnp.where(row < 0, -1, owner * routing.max_recv_tokens + row)[me]
     recv_slot = jnp.where(owner == me, row, -1)
-    counts_here = lax.dynamic_slice_in_dim(counts, me * num_local, num_local)
-    result = [slot, recv_slot, jnp.append(counts_here, wanted[me])]
+    counts_here = jnp.append(lax.dynamic_slice_in_dim(counts, me * num_local, num_local), wanted[me])
+    if dead is not None:
+        slot = jnp.where(valid[me] & dead[owner[me]], LOST - owner[me], slot)
+        recv_slot = jnp.where(dead[me], -1, recv_slot)
+        counts_here = jnp.where(dead[me], 0, counts_here)
+    result = [slot, recv_slot, counts_here]
     if routing.layout == "rank":
         local_expert = jnp.where(owner == me, all_idx - me * num_local, -1)
         token_row = recv_slot.max(axis=2, initial=-1).reshape(-1)
@@ -108,21 +119,27 @@ def aligned_sizes(counts: jax.Array, alignment: int) -> jax.Array:
 # ---- the way out -----------------------------------------------------------------------------------------------------
 
 
-def dispatch(*operands: jax.Array, routing: Routing, num_rows: int, has_weights: bool, wire: str | None) -> Arrays:
+def dispatch(
+    *operands: jax.Array, routing: Routing, num_rows: int, has_weights: bool, wire: str | None, dead: Dead = None
+) -> Arrays:
     """rows..., weights?, topk_idx -> rows..., weights?, and what notify returns."""
     *payload, topk_idx = operands
     if wire is not None:
         payload[:1] = quantized.encode(payload[0], wire)
-    routed = notify(topk_idx, routing=routing)
+    routed = notify(topk_idx, routing=routing, dead=dead)
+    num_rows = len(payload) - has_weights
     moved = dispatch_cached(
-        *payload, *routed[:3], routing=routing, num_rows=len(payload) - has_weights, has_weights=has_weights
+        *payload, *routed[:3], routing=routing, num_rows=num_rows, has_weights=has_weights, dead=dead
     )
     return [*moved, *routed]
 
 
-def dispatch_cached(*operands: jax.Array, routing: Routing, num_rows: int, has_weights: bool) -> Arrays:
+def dispatch_cached(
+    *operands: jax.Array, routing: Routing, num_rows: int, has_weights: bool, dead: Dead = None
+) -> Arrays:
     """rows [T, ...]..., weights f32[T, K]?, slot, recv_slot, counts -> rows [C, ...]..., weights f32[C]? (or [C, K])."""
-    *payload, _, recv_slot, _ = operands
+    *payload, slot, recv_slot, _ = operands
+    _, recv_slot = membership.without(dead, slot, recv_slot, routing)
     payload = [_as_dtype(lax.all_gather(_as_bits(rows), routing.axis_name), rows.dtype) for rows in payload]
     num_choices = recv_slot.size  # R * T * K
     choice = jnp.arange(num_choices, dtype=jnp.int32)
@@ -138,9 +155,11 @@ def dispatch_cached(*operands: jax.Array, routing: Routing, num_rows: int, has_w
     return result
 
 
-def dispatch_start(*operands: jax.Array, routing: Routing, num_rows: int, has_weights: bool) -> Arrays:
+def dispatch_start(
+    *operands: jax.Array, routing: Routing, num_rows: int, has_weights: bool, dead: Dead = None
+) -> Arrays:
     """rows [T, ...]..., weights [T, K]?, slot, recv_slot, counts -> rows and weights as they are."""
-    del routing, num_rows, has_weights
+    del routing, num_rows, has_weights, dead
     return list(operands[:-3])
 
 
@@ -150,10 +169,13 @@ dispatch_done = dispatch_cached
 # ---- the way back ----------------------------------------------------------------------------------------------------
 
 
-def combine(*operands: jax.Array, routing: Routing, num_rows: int, has_weights: bool, wire: str | None) -> Arrays:
+def combine(
+    *operands: jax.Array, routing: Routing, num_rows: int, has_weights: bool, wire: str | None, dead: Dead = None
+) -> Arrays:
     """y [C, H]..., gates back f32[C]? (or [C, K]), slot, recv_slot, counts -> [T, H]..., f32[T, K]?."""
     *payload, slot, recv_slot, _ = operands
-    result = [_sum(_send_partials(y, None, recv_slot, routing, wire)) for y in payload[:num_rows]]
+    slot, recv_slot = membership.without(dead, slot, recv_slot, routing)
+    result = [_sum(_all_to_all(partial_sums(y, None, recv_slot, routing, wire), routing)) for y in payload[:num_rows]]
     if has_weights:
         row = recv_slot.reshape(-1)
         if routing.layout == "rank":  # f32[C, K]: the gate of choice k stands in column k of the token's row
@@ -167,19 +189,22 @@ def combine(*operands: jax.Array, routing: Routing, num_rows: int, has_weights: 
 
 
 def combine_weighted(
-    y: jax.Array, weights: jax.Array, *arrays: jax.Array, routing: Routing, wire: str | None
+    y: jax.Array, weights: jax.Array, *arrays: jax.Array, routing: Routing, wire: str | None, dead: Dead = None
 ) -> Arrays:
     """y [C, H], weights f32[C], slot, recv_slot, counts -> [T, H]: sum over k of weights[row(t, k)] * y[row(t, k)]."""
-    return [_sum(_send_partials(y, weights, arrays[1], routing, wire))]
+    _, recv_slot = membership.without(dead, arrays[0], arrays[1], routing)
+    return [_sum(_all_to_all(partial_sums(y, weights, recv_slot, routing, wire), routing))]
 
 
 combine_start = combine
 combine_weighted_start = combine_weighted
 
 
-def combine_done(*operands: jax.Array, routing: Routing, num_rows: int, has_weights: bool) -> Arrays:
+def combine_done(
+    *operands: jax.Array, routing: Routing, num_rows: int, has_weights: bool, wire: str | None, dead: Dead = None
+) -> Arrays:
     """sums [T, H]..., gates back [T, K]?, slot, recv_slot, counts -> sums and gates as they are."""
-    del routing, num_rows, has_weights
+    del routing, num_rows, has_weights, wire, dead
     return list(operands[:-3])
 
 
@@ -191,12 +216,12 @@ def _sum(partials: jax.Array) -> jax.Array:
     return total.astype(partials.dtype)
 
 
-def _send_partials(
+def partial_sums(
     y: jax.Array, weights: jax.Array | None, recv_slot: jax.Array, routing: Routing, wire: str | None
 ) -> jax.Array:
-    """y [C, H] -> [R, T, H]: what each rank's rows of my tokens sum to, rounded to y's dtype."""
+    """y [C, H] -> [R, T, H]: what my rows of each rank's tokens sum to, rounded to y's dtype, and through `wire`."""
 
-    def partial_sums(slot_of_source: jax.Array) -> jax.Array:  # s32[T, K] -> [T, H]
+    def for_source(slot_of_source: jax.Array) -> jax.Array:  # s32[T, K] -> [T, H]
         if routing.layout == "rank":  # one row a token, named by each of its choices here
             slot_of_source = slot_of_source.max(axis=1, keepdims=True, initial=-1)
 
@@ -211,17 +236,20 @@ def _send_partials(
         rounded = total.astype(y.dtype)
         return logfmt.logfmt10_roundtrip(rounded) if wire == "logfmt10" else rounded
 
-    return _all_to_all(lax.map(partial_sums, recv_slot), routing)
+    return lax.map(for_source, recv_slot)
 
 
-def combine_grad(out_bar: jax.Array, y: jax.Array, weights: jax.Array, *arrays: jax.Array, routing: Routing) -> Arrays:
+def combine_grad(
+    out_bar: jax.Array, y: jax.Array, weights: jax.Array, *arrays: jax.Array, routing: Routing, dead: Dead = None
+) -> Arrays:
     """out_bar [T, H], y [C, H], weights f32[C], slot, recv_slot, counts -> y_bar [C, H], weights_bar f32[C].
 
     The transpose of combine_weighted: weights[c] * rows[c] and <y[c], rows[c]>, where rows are out_bar dispatched, and
     zeros for rows that hold no token.
     """
-    (rows,) = dispatch_cached(out_bar, *arrays, routing=routing, num_rows=1, has_weights=False)
-    return weigh(rows, y, weights, arrays[1])
+    (rows,) = dispatch_cached(out_bar, *arrays, routing=routing, num_rows=1, has_weights=False, dead=dead)
+    _, recv_slot = membership.without(dead, arrays[0], arrays[1], routing)
+    return weigh(rows, y, weights, recv_slot)
 
 
 def weigh(rows: jax.Array, y: jax.Array, weights: jax.Array, recv_slot: jax.Array) -> Arrays:

@@ -23,6 +23,7 @@ INTERNODE_COMBINE = "jax_ep_internode_combine"
 INTERNODE_DISPATCH = "jax_ep_internode_dispatch"
 INTERNODE_DISPATCH_CACHED = "jax_ep_internode_dispatch_cached"
 INTERNODE_NOTIFY = "jax_ep_internode_notify"
+IS_DEAD = "jax_ep_is_dead"
 LOW_LATENCY_COMBINE = "jax_ep_low_latency_combine"
 LOW_LATENCY_COMBINE_DONE = "jax_ep_low_latency_combine_done"
 LOW_LATENCY_COMBINE_START = "jax_ep_low_latency_combine_start"
@@ -74,6 +75,8 @@ except ImportError as error:
 check_ffi_api(_core.ffi_api, installed_ffi_api(jax.ffi.include_dir()))
 for _target, _handler in _core.handlers().items():
     jax.ffi.register_ffi_target(_target, _handler, platform="CUDA")
+for _target, _handler in _core.host_handlers().items():
+    jax.ffi.register_ffi_target(_target, _handler, platform="cpu")
 
 Berth = _core.Berth
 Place = _core.Place
@@ -84,6 +87,7 @@ combine_landing_bytes = _core.combine_landing_bytes
 cuda_version: Version = _core.cuda_version
 dispatch_landing_bytes = _core.dispatch_landing_bytes
 export_allocation = _core.export_allocation
+forbid_masks = _core.forbid_masks
 has_failed_spanning = _core.has_failed_spanning
 have_peer_access = _core.have_peer_access
 import_memory = _core.import_memory
@@ -101,6 +105,7 @@ make_spanning_group = _core.make_spanning_group
 nodes_of = _core.nodes_of
 resume = _core.resume
 room_bytes = _core.room_bytes
+set_dead = _core.set_dead
 set_ordinals = _core.set_ordinals
 set_timeout = _core.set_timeout
 spanning_generation = _core.spanning_generation

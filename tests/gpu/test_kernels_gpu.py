@@ -75,6 +75,31 @@ def test_both_kinds_of_kernels_and_the_reference_agree_to_the_bit(layout, monkey
         jax.tree.map(np.testing.assert_array_equal, result, reference)
 
 
+@pytest.mark.parametrize("wire", ["fp8", "fp8_ue8m0", "mxfp8"])
+@pytest.mark.parametrize("layout", ["expert", "rank", "batched"])
+def test_rows_that_kernels_encode_are_those_of_the_reference(layout, wire, monkeypatch):
+    """The last group of 128 columns is short; some rows have an inf or NaN, some are zero."""
+
+    def received(mode):
+        def f(x, idx, gates):
+            static = {"axis_name": "e", "num_experts": 4 * len(jax.devices()), "layout": layout, "mode": mode}
+            recv, handle = jax_ep.dispatch(x, idx, gates, wire=wire, **static)
+            return recv.x.values, recv.x.scales, recv.weights, handle.slot
+
+        calls = shard_map(f)
+        text = calls.lower(x, idx, gates).as_text()
+        prefix = {"high_throughput": "@jax_ep_dispatch(", "low_latency": "@jax_ep_low_latency_dispatch("}
+        assert mode not in prefix or prefix[mode] in text
+        return [np.asarray(leaf).view(np.uint8) for leaf in calls(x, idx, gates)]
+
+    x, idx, gates = operands()
+    x = jnp.tile(x, (1, 30)).at[::5, 3].set(jnp.inf).at[1::7, 200].set(jnp.nan).at[2::9].set(0)  # 2160 columns
+    results = [received(mode) for mode in MODES]
+    monkeypatch.setattr(group, "along", lambda axis_context, axis_name: None)
+    for result in results:
+        jax.tree.map(np.testing.assert_array_equal, result, received("auto"))
+
+
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("layout", ["expert", "rank", "batched"])
 def test_two_batches_in_halves_are_kernels_and_give_the_bits_of_whole_calls(layout, mode):

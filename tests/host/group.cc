@@ -79,7 +79,8 @@ namespace jax_ep {
 
 using Begun = std::vector<std::pair<int, uint64_t>>;  // rank, generation
 Begun g_begun;
-int g_ledgers = 0;  // of the last launch
+int g_ledgers = 0;    // of the last launch
+uint32_t g_dead = 0;  // likewise
 
 cudaError_t LoadDispatch() { return cudaSuccess; }
 cudaError_t LoadCombine() { return cudaSuccess; }
@@ -90,10 +91,12 @@ cudaError_t LoadLowLatencyCombine() { return cudaSuccess; }
 cudaError_t LoadDispatchHalves() { return cudaSuccess; }
 cudaError_t LoadCombineHalves() { return cudaSuccess; }
 cudaError_t LoadPush() { return cudaSuccess; }
-cudaError_t LaunchBeginGeneration(const Ledgers& ledgers, uint64_t generation, cudaStream_t) {
+cudaError_t LaunchBeginGeneration(const Ledgers& ledgers, uint64_t generation, uint32_t dead, cudaStream_t) {
   g_ledgers = ledgers.count;
+  g_dead = dead;
   for (const GroupView* view : g_views) {
-    if (view->window[view->rank] == ledgers.ledger[0]) return g_begun.push_back({view->rank, generation}), cudaSuccess;
+    if (view == ledgers.view && view->window[view->rank] == ledgers.ledger[0])
+      return g_begun.push_back({view->rank, generation}), cudaSuccess;
   }
   return cudaErrorInvalidValue;
 }
@@ -130,6 +133,7 @@ void OneProcess() {
   Fail(group, 1, 0, 0);
   const std::string told = group.Enter(0, 2, nullptr);
   EXPECT(Has(told, "combine: rank 1 waited for rank 0 in phase rows") && !Has(told, "process"));
+  EXPECT(Has(told, "(rank 0 is device 11)"));
   EXPECT(group.Enter(1, 2, nullptr) == told);  // the same run
   EXPECT(TakeBegun().empty());
   // A generation begins in the arenas too, and in one made later with its number.
@@ -301,6 +305,68 @@ void SeveralProcesses() {
   EXPECT(TakeBegun() == Begun{{0, 7}});
 }
 
+// Masks change between runs, each rank in its own time, and are there for groups made later.
+void Masks() {
+  const std::vector<int> devices{11, 10};
+  Group& group = Group::OfDevices(devices);
+  const auto enter = [&](int rank, int64_t run) { return group.Enter(rank, run, nullptr).empty(); };
+  const auto begins = [&](int rank, int64_t run, uint64_t generation, uint32_t dead) {
+    return enter(rank, run) && TakeBegun() == Begun{{rank, generation}} && g_dead == dead;
+  };
+  const auto goes_on = [&](int rank, int64_t run) { return enter(rank, run) && TakeBegun().empty(); };
+  EXPECT(Group::HearBefore(7001, devices, 2).empty() && goes_on(0, 7001));
+  Group::SetDead({10, 77});
+  EXPECT(Group::IsDead(10) && Group::IsDead(77) && !Group::IsDead(11));
+  // A run that some rank has met goes on as it was on the others; the next is masked on all, whoever comes first.
+  EXPECT(goes_on(1, 7001) && begins(1, 7002, 2, 2) && goes_on(0, 7001) && begins(0, 7002, 2, 2));
+  // Also where a rank is two masks behind, and in the initialize stage.
+  EXPECT(goes_on(1, 7003));
+  Group::SetDead({});
+  EXPECT(begins(1, 7004, 3, 0));
+  Group::SetDead({10});
+  EXPECT(Group::HearBefore(7005, devices, 2).empty() && group.BeginRun(1, 7005, nullptr).empty());
+  EXPECT(TakeBegun() == Begun{{1, 4}} && g_dead == 2 && goes_on(1, 7005));
+  EXPECT(goes_on(0, 7003) && begins(0, 7004, 3, 0) && begins(0, 7005, 4, 2));
+  Group::SetDead({10, 78});  // for this group nothing new
+  EXPECT(goes_on(0, 7006) && goes_on(1, 7006));
+  EXPECT(Group::OfDevices({10}).view(0)->membership == 1);
+  EXPECT(group.view(0)->membership == 0);  // the kernels write it
+
+  // What fails before the mask is told after it: that run is refused, the next begins anew and masked.
+  Group::SetDead({11});
+  EXPECT(begins(0, 7007, 5, 1));
+  Fail(group, 1, 0, 4);
+  for (int rank : {1, 0}) EXPECT(Has(group.Enter(rank, 7008, nullptr), "waited for rank 0") && !enter(rank, 7007));
+  EXPECT(TakeBegun().empty() && begins(0, 7009, 6, 1) && begins(1, 7009, 6, 1));
+
+  Group& spanning = Group::OfDevices({10, 12, 11});
+  Group::Resume(20);
+  EXPECT(!Group::HasFailedSpanning() && spanning.Enter(0, 7010, nullptr).empty());
+  EXPECT(TakeBegun() == Begun{{0, 20}} && g_dead == 4);
+  Group::SetDead({});
+  EXPECT(Group::HasFailedSpanning() && spanning.Enter(0, 7011, nullptr).empty() && TakeBegun().empty());
+  Group::Resume(21);
+  EXPECT(!Group::HasFailedSpanning() && spanning.Enter(0, 7012, nullptr).empty());
+  EXPECT(TakeBegun() == Begun{{0, 21}} && g_dead == 0);
+  EXPECT(begins(0, 7012, 7, 0));
+
+  // Groups over nodes know of no mask: neither may come before the other, and a mask that is refused changes nothing.
+  const auto refusal = [](const auto& call) -> std::string {
+    try {
+      call();
+    } catch (const std::runtime_error& error) {
+      return error.what();
+    }
+    return "";
+  };
+  Group::SetDead({10});
+  EXPECT(Has(refusal([] { Group::ForbidMasks({90, 10}); }), "device 10 is in a group over several nodes"));
+  EXPECT(refusal([] { Group::ForbidMasks({90, 91}); }).empty());
+  EXPECT(Has(refusal([] { Group::SetDead({11, 91}); }), "device 91 is in a group over several nodes"));
+  EXPECT(Group::IsDead(10) && !Group::IsDead(11) && !Group::IsDead(91));
+  EXPECT(refusal([] { Group::SetDead({}); }).empty());
+}
+
 void Unknown() {
   EXPECT(Group::DeviceOf(0) == 10 && Group::DeviceOf(1) == 11);
   try {
@@ -322,6 +388,7 @@ int main() {
   Replays();
   Streams();
   SeveralProcesses();
+  Masks();
   Unknown();
   Group::SetTimeout(1.5);
   EXPECT(Group::OfDevices({11, 12, 10}).view(0)->timeout_ns == 1'500'000'000);

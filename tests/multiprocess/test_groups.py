@@ -50,6 +50,7 @@ class Made:
 
     def __init__(self):
         self.local, self.spanning, self.over_nodes, self.ordinals, self.arenas = [], {}, {}, {}, []
+        self.unmaskable = []
 
 
 @pytest.fixture
@@ -65,6 +66,7 @@ def made(monkeypatch):
     monkeypatch.setattr(
         targets, "make_internode_group", lambda ids, berths, box_bytes: made.over_nodes.update({tuple(ids): berths})
     )
+    monkeypatch.setattr(targets, "forbid_masks", made.unmaskable.extend)
     monkeypatch.setattr(group, "_over_nodes", set())
     monkeypatch.setattr(targets, "make_shared_arena", lambda *arena: made.arenas.append(arena))
     monkeypatch.setattr(compat, "distributed_client", lambda: None)
@@ -252,6 +254,7 @@ def test_a_group_over_nodes_gets_rooms_and_the_kernels_for_it(monkeypatch, alone
     again, _ = along(monkeypatch, world(), [20, 22, 21, 23], (2, 2), ("data", "expert"), nodes())
     assert again == ((20, 22), (21, 23)) and set(alone.over_nodes) == {(20, 21, 22, 23), (20, 22)}
     assert [berth[3] for berth in alone.over_nodes[20, 22]] == [5096, 0]  # the next room
+    assert alone.unmaskable == [20, 21, 22, 23, 20, 22, 21, 23]  # in every process alike
 
 
 def test_a_group_inside_a_node_is_served_as_ever_though_there_are_several(monkeypatch, alone):
@@ -277,7 +280,17 @@ def test_where_nvshmem_is_missing_lowering_says_what_to_install(monkeypatch, alo
 )
 def test_what_the_kernels_over_nodes_do_not_take_is_left_to_the_collectives(monkeypatch, alone, facts, ids, why):
     groups, (warned,) = along(monkeypatch, world(), ids, nodes=nodes(**facts))
-    assert groups is None and why in warned and not alone.over_nodes
+    assert groups is None and why in warned and not alone.over_nodes and not alone.unmaskable
+
+
+def test_a_group_over_nodes_with_a_masked_device_is_refused(monkeypatch, alone):
+    def refuse(devices):
+        raise RuntimeError(f"{devices} are masked")
+
+    monkeypatch.setattr(targets, "forbid_masks", refuse)
+    with pytest.raises(RuntimeError, match=r"\[20, 21, 22, 23\] are masked"):
+        along(monkeypatch, world(), [20, 21, 22, 23], nodes=nodes())
+    assert not alone.over_nodes
 
 
 @pytest.mark.parametrize("number", [0, -1, 2.5])

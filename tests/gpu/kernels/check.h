@@ -10,14 +10,24 @@
 
 namespace jax_ep {
 
+// When the ranks of `dead` are masked, and whether they call nevertheless.
+enum class Mask { kBefore, kBeforeAndCalling, kAfterDispatch };
+
 // All calls of a case, each with the bits of oracle.h. `calls` launches them on one rank; over nodes no kernel encodes
-// rows or serves combine_grad.
+// rows or serves combine_grad, and nobody is masked.
 template <class Calls>
-bool CheckCalls(Case c, Ranks& ranks, const Calls& calls, int stride = 1) {
+bool CheckCalls(Case c, Ranks& ranks, const Calls& calls, int stride = 1, Mask mask = Mask::kBefore) {
   Finish(c);
   const int R = c.num_ranks;
   std::mt19937 random(c.seed + 77);
-  const auto routing = Route(c);
+  const uint32_t dead = c.dead;
+  if (mask == Mask::kAfterDispatch) c.dead = 0;
+  auto routing = Route(c);
+  const auto apply_mask = [&] {
+    Ranks::Mask(c.dead);
+    ranks.absent = mask == Mask::kBeforeAndCalling ? 0 : c.dead;
+  };
+  apply_mask();
   std::vector<std::unique_ptr<Memory>> memory;
   std::vector<Arrays> arrays;
   std::vector<std::vector<char>> x(R), x_again(R), second(R), y(R);
@@ -59,11 +69,13 @@ bool CheckCalls(Case c, Ranks& ranks, const Calls& calls, int stride = 1) {
     CHECK_CUDA(cudaDeviceSynchronize());
   }
   bool ok = true;
-  const auto check_routing = [&] {
+  const auto check_routing = [&](bool all) {  // else only what calls of a known routing write of it
     for (int r = 0; r < R; ++r) {
+      if (ranks.IsAbsent(r)) continue;
       CHECK_CUDA(cudaSetDevice(ranks.device[r]));
       const DispatchParams& d = arrays[r].dispatch;
       if (c.weights) ok &= Same("weights", r, d.recv_weights, ReceivedWeights(c, routing, r, weights));
+      if (!all) continue;
       ok &= Same("slot", r, d.slot, routing[r].slot, c.num_topk);
       ok &= Same("recv_slot", r, d.recv_slot, routing[r].recv_slot, c.num_topk);
       ok &= Same("counts", r, d.counts, routing[r].counts);
@@ -71,9 +83,10 @@ bool CheckCalls(Case c, Ranks& ranks, const Calls& calls, int stride = 1) {
         ok &= Same("recv_topk_idx", r, d.recv_topk_idx, routing[r].recv_topk_idx, c.num_topk);
     }
   };
-  const auto check_rows = [&](const char* what, const std::vector<std::vector<char>>& source) {
-    check_routing();
+  const auto check_rows = [&](const char* what, const std::vector<std::vector<char>>& source, bool all) {
+    check_routing(all);
     for (int r = 0; r < R; ++r) {
+      if (ranks.IsAbsent(r)) continue;
       CHECK_CUDA(cudaSetDevice(ranks.device[r]));
       const DispatchParams& d = arrays[r].dispatch;
       ok &= Same(what, r, d.rows[0].recv, ReceivedRows(c, routing, r, c.row_bytes(), source), c.row_bytes());
@@ -112,7 +125,7 @@ bool CheckCalls(Case c, Ranks& ranks, const Calls& calls, int stride = 1) {
       return calls.Dispatch(r, d, c, stream);
     });
     ok &= ranks.Wait();
-    check_rows("dispatch", x);
+    check_rows("dispatch", x, true);
   }
   for (Wire wire : {Wire::kFp8, Wire::kFp8Ue8m0, Wire::kMxfp8}) {
     if (Calls::kOverNodes || c.hidden % 16 != 0 || c.hidden > kMaxEncodedHidden) continue;
@@ -128,8 +141,13 @@ bool CheckCalls(Case c, Ranks& ranks, const Calls& calls, int stride = 1) {
         return calls.Dispatch(r, encoded.Of(r, arrays[r].dispatch, x_device[r]), c, stream);
       });
       ok &= ranks.Wait() && encoded.AreRight(ranks, routing);
-      check_routing();
+      check_routing(true);
     }
+  }
+  if (mask == Mask::kAfterDispatch) {
+    c.dead = dead;
+    apply_mask();
+    routing = Masked(c, routing);
   }
   poison();
   ranks.Launch([&](int r, cudaStream_t stream) {
@@ -140,7 +158,7 @@ bool CheckCalls(Case c, Ranks& ranks, const Calls& calls, int stride = 1) {
     return calls.Dispatch(r, d, c, stream);
   });
   ok &= ranks.Wait();
-  check_rows("dispatch_cached", x_again);
+  check_rows("dispatch_cached", x_again, mask != Mask::kAfterDispatch);
   for (int weighted = 0; weighted < (c.layout == Layout::kRank ? 1 : 2); ++weighted) {
     poison();
     ranks.Launch([&](int r, cudaStream_t stream) {
@@ -151,6 +169,7 @@ bool CheckCalls(Case c, Ranks& ranks, const Calls& calls, int stride = 1) {
     });
     ok &= ranks.Wait();
     for (int r = 0; r < R; ++r) {
+      if (ranks.IsAbsent(r)) continue;
       CHECK_CUDA(cudaSetDevice(ranks.device[r]));
       ok &= Same(weighted ? "combine weighted" : "combine", r, arrays[r].combine.out,
                  Combined(c, routing, r, y, weighted ? &gates : nullptr, stride), c.row_bytes(), stride);
@@ -172,6 +191,7 @@ bool CheckCalls(Case c, Ranks& ranks, const Calls& calls, int stride = 1) {
       });
       ok &= ranks.Wait();
       for (int r = 0; r < R; ++r) {
+        if (ranks.IsAbsent(r)) continue;
         CHECK_CUDA(cudaSetDevice(ranks.device[r]));
         const Cotangents bar = CombineGrad(c, routing, r, x, y[r], gates[r], stride);
         ok &= Same("combine_grad", r, arrays[r].grad.y_bar, bar.y, c.row_bytes(), stride);
@@ -184,9 +204,13 @@ bool CheckCalls(Case c, Ranks& ranks, const Calls& calls, int stride = 1) {
   });
   ok &= ranks.Wait();
   for (int r = 0; r < R; ++r) {
+    if (ranks.IsAbsent(r)) continue;
     CHECK_CUDA(cudaSetDevice(ranks.device[r]));
-    ok &= Same("barrier", r, arrays[r].dispatch.counts, std::vector<int32_t>{R});
+    const int came = c.IsDead(r) ? 0 : R - __builtin_popcount(c.dead);
+    ok &= Same("barrier", r, arrays[r].dispatch.counts, std::vector<int32_t>{came});
   }
+  Ranks::Mask(0);
+  ranks.absent = 0;
   std::printf("%-44s R %d T %5d K %2d E %4d C %6d H %5lld sms %2d: %s\n", c.name.c_str(), R, c.num_tokens, c.num_topk,
               c.num_experts, c.capacity, (long long)c.hidden, c.num_sms, ok ? "ok" : "FAILED");
   std::fflush(stdout);

@@ -15,8 +15,8 @@
 #include <string>
 #include <vector>
 
-#include "device/logfmt.cuh"
 #include "device/ptx.cuh"
+#include "logfmt_host.h"
 
 using namespace jax_ep;
 
@@ -37,8 +37,7 @@ constexpr int kLogfmt = 3;
 struct Case {
   int format, dtype, rows, hidden;
   int item() const { return dtype == 2 ? 4 : 2; }
-  int piece() const { return hidden % 1024 == 0 ? 1024 : 512; }
-  int pieces() const { return (hidden + piece() - 1) / piece(); }
+  int pieces() const { return (hidden + LogfmtPieceColumns(hidden) - 1) / LogfmtPieceColumns(hidden); }
 };
 
 int g_wrong = 0;
@@ -153,120 +152,58 @@ void CheckQuantized(const Case& c, bool on_device, const Bytes& x, const Bytes& 
     std::printf("format %d dtype %d hidden %d: writes past a row\n", c.format, c.dtype, c.hidden), ++g_wrong;
 }
 
-// ---- logfmt10. codes: 32 lanes' words a step; scales: T[16] a step; encoded: a byte a lane
-
-template <class T>
-struct Step {
-  uint32_t codes[32 * kLogfmtLaneWords];
-  T scales[16];
-  uint8_t encoded[32];
-  LogfmtLane<T> arrived[32];
-};
-
-template <class T>
-__host__ __device__ int LoadLane(const Case& c, const char* x, int row, int step, int lane, LogfmtLane<T>* words) {
-  const int first = step * kStepColumns + lane * kLaneColumns;
-  int columns = c.hidden - first;
-  columns = columns < 0 ? 0 : columns > kLaneColumns ? kLaneColumns : columns;
-  const auto* from = reinterpret_cast<const uint32_t*>(x + (static_cast<int64_t>(row) * c.hidden + first) * sizeof(T));
-  for (int i = 0; i < LogfmtLane<T>::kWords; ++i) words->x[i] = i * LogfmtLane<T>::kPerWord < columns ? from[i] : 0;
-  return columns;
-}
-
-template <class T>
-void LogfmtOnHost(const Case& c, const char* x, int row, int step, Step<T>* out) {
-  static LogTable logs;
-  static ExpTable exps;
-  for (int i = 0; i < 128; ++i) {
-    for (auto& entry : logs.entry[i]) entry = LogTable::Entry(i);
-    for (auto& entry : exps.entry[i]) entry = ExpTable::Entry(i);
-  }
-  LogfmtLane<T> lane[32];
-  uint32_t amax[32], amin[32];
-  int columns[32];
-  for (int i = 0; i < 32; ++i) {
-    columns[i] = LoadLane(c, x, row, step, i, &lane[i]);
-    lane[i].Extremes(columns[i], &amax[i], &amin[i]);
-  }
-  for (int i = 0; i < 32; i += 4) {
-    for (int j = 0; j < 4; ++j) amax[i] = Greater(amax[i], amax[i + j]), amin[i] = Lesser(amin[i], amin[i + j]);
-    for (int j = 1; j < 4; ++j) amax[i + j] = amax[i], amin[i + j] = amin[i];
-  }
-  for (int i = 0; i < 32; ++i) {
-    bool encoded = true;
-    for (int j = 0; j < 32; ++j) {
-      if (c.piece() == 512 && i / 16 != j / 16) continue;
-      if (columns[j / 4 * 4] == 0) continue;
-      encoded = encoded && amax[j] < kF32One && LogScaleOf(logs, j, amax[j], amin[j]).range > 0;
-    }
-    out->encoded[i] = encoded;
-    if (!encoded || columns[i] == 0) continue;
-    uint32_t codes[kLogfmtLaneWords];
-    lane[i].Encode(logs, i, CodeRuleOf(LogScaleOf(logs, i, amax[i], amin[i])), codes);
-    std::memcpy(out->codes + kLogfmtLaneWords * i, codes, sizeof(codes));
-    T* const scales = out->scales + i / 4 * 2;
-    Source<T>::Set(scales, amax[i]);
-    Source<T>::Set(scales + 1, amin[i]);
-    const LogScale scale = LogScaleOf(logs, i, Source<T>::Get(scales), Source<T>::Get(scales + 1));
-    out->arrived[i].Decode(exps, i % ExpTable::kCopies, ValueRuleOf(scale), codes);
-  }
-}
+// ---- logfmt10
 
 // One warp a block; block x is a row, y a step.
 template <class T>
-__global__ void LogfmtKernel(Case c, int piece_columns, const char* x, Step<T>* out) {
+__global__ void LogfmtKernel(Case c, int piece_columns, const char* x, LogfmtStep<T>* out) {
   __shared__ LogTable logs;
   __shared__ ExpTable exps;
-  __shared__ __align__(16) uint32_t codes[32 * kLogfmtLaneWords];
-  __shared__ T scales[16];
   FillTable(&logs);
   FillTable(&exps);
   __syncthreads();
   out += blockIdx.x * gridDim.y + blockIdx.y;
   const int lane = threadIdx.x;
   LogfmtLane<T> words;
-  const int columns = LoadLane(c, x, blockIdx.x, blockIdx.y, lane, &words);
-  const bool encoded = EncodePieces<T>(words, columns, piece_columns, logs, codes, scales);
-  __syncwarp();
+  const int columns =
+      LoadLogfmtLane(x + blockIdx.x * c.hidden * static_cast<int64_t>(sizeof(T)), c.hidden, blockIdx.y, lane, &words);
+  uint32_t codes[kLogfmtLaneWords], amax, amin;
+  const bool encoded = EncodePieces<T>(words, columns, piece_columns, logs, codes, &amax, &amin);
   out->encoded[lane] = encoded;
-  if (!encoded) return;
-  for (int i = 0; i < kLogfmtLaneWords; ++i)
-    out->codes[kLogfmtLaneWords * lane + i] = codes[kLogfmtLaneWords * lane + i];
-  if (lane % 4 == 0) out->scales[lane / 2] = scales[lane / 2], out->scales[lane / 2 + 1] = scales[lane / 2 + 1];
-  if (columns > 0)
-    out->arrived[lane] = DecodeLane<T>(codes + kLogfmtLaneWords * lane, scales + lane / 4 * 2, logs, exps);
+  for (int i = 0; i < kLogfmtLaneWords; ++i) out->codes[lane][i] = codes[i];
+  out->arrived[lane] = encoded ? DecodeLane<T>(codes, amax, amin, logs, exps) : words;
 }
 
 template <class T>
 void CheckLogfmt(const Case& c, bool on_device, const Bytes& x, const Bytes& arrived, const Bytes& codes,
                  const Bytes& encoded) {
   const int steps = (c.hidden + kStepColumns - 1) / kStepColumns;
-  std::vector<Step<T>> out(static_cast<int64_t>(c.rows) * steps);
+  std::vector<LogfmtStep<T>> out(static_cast<int64_t>(c.rows) * steps);
   if (on_device) {
     char* const d_x = ToDevice(x);
-    Step<T>* const d_out = ToDevice(out);
-    LogfmtKernel<T><<<dim3(c.rows, steps), 32>>>(c, c.piece(), d_x, d_out);
+    LogfmtStep<T>* const d_out = ToDevice(out);
+    LogfmtKernel<T><<<dim3(c.rows, steps), 32>>>(c, LogfmtPieceColumns(c.hidden), d_x, d_out);
     CHECK_CUDA(cudaGetLastError());
     ToHost(out, d_out);
     CHECK_CUDA(cudaFree(d_x));
   } else {
-    for (int i = 0; i < c.rows * steps; ++i) LogfmtOnHost(c, x.data(), i / steps, i % steps, &out[i]);
+    for (int i = 0; i < c.rows * steps; ++i)
+      LogfmtOnHost(&x[i / steps * c.hidden * static_cast<int64_t>(sizeof(T))], c.hidden, i % steps, &out[i]);
   }
   Bytes got_arrived(arrived.size()), got_codes(codes.size()), got_encoded(encoded.size());
   for (int row = 0; row < c.rows; ++row) {
     for (int column = 0; column < c.hidden; ++column) {
-      const Step<T>& step = out[row * steps + column / kStepColumns];
+      const LogfmtStep<T>& step = out[row * steps + column / kStepColumns];
       const int lane = column % kStepColumns / kLaneColumns, i = column % kLaneColumns, bit = 10 * i;
       const int64_t at = static_cast<int64_t>(row) * c.hidden + column;
       const bool is_encoded = step.encoded[lane];
-      got_encoded[row * c.pieces() + column / c.piece()] = is_encoded;
-      const uint32_t* const words = step.codes + kLogfmtLaneWords * lane + bit / 32;
+      got_encoded[row * c.pieces() + column / LogfmtPieceColumns(c.hidden)] = is_encoded;
+      const uint32_t* const words = step.codes[lane] + bit / 32;
       const uint64_t two =
           bit / 32 + 1 < kLogfmtLaneWords ? words[0] | static_cast<uint64_t>(words[1]) << 32 : words[0];
       const uint16_t code = is_encoded ? two >> bit % 32 & 0x3FF : 0;
       std::memcpy(&got_codes[at * 2], &code, 2);
-      const char* const from =
-          is_encoded ? reinterpret_cast<const char*>(step.arrived[lane].x) + i * sizeof(T) : &x[at * sizeof(T)];
+      const char* const from = reinterpret_cast<const char*>(step.arrived[lane].x) + i * sizeof(T);
       std::memcpy(&got_arrived[at * sizeof(T)], from, sizeof(T));
     }
   }

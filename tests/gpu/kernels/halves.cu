@@ -3,6 +3,7 @@
 //   halves check [seed count]   named and random cases, bitwise: calls one after another, two in flight ended in both
 //                               orders, dispatch and combine in flight together, work of one rank between the halves
 //   halves small                a few small cases, for compute-sanitizer
+//   halves masked               masked ranks do not call, or do: the others get what the oracle says
 //   halves timeout              a rank does not call, or starts too often: an error, zeros, and right calls later
 //   halves bench                µs of a start, a done, both, and both with work between them: the hidden share
 //
@@ -11,6 +12,7 @@
 //   ffi/group/group.cc
 #include <algorithm>
 #include <functional>
+#include <utility>
 
 #include "halves/halves.h"
 #include "ranks.h"
@@ -75,7 +77,20 @@ class Exchange {
     for (int64_t bytes : {dispatch_bytes_, combine_bytes_})
       ranks_.group.MakeSharedArena(Purpose::kHalves, Group::LandingArenaBytes(bytes));
     Settle();
+    Mask(c.dead);
   }
+  ~Exchange() { Mask(0); }
+
+  // From now on these ranks take no part; the routing stays what is left of it.
+  void Mask(uint32_t dead) {
+    c_.dead = dead;
+    routing_ = Masked(c_, routing_);
+    for (auto& sums : sums_) sums.clear();
+    Ranks::Mask(dead);
+    ranks_.absent = dead;
+  }
+  // Whether masked ranks call.
+  void LetMaskedCall() { ranks_.absent = 0; }
 
   bool fits() const { return dispatch_bytes_ > 0 && combine_bytes_ > 0; }
   Ranks& ranks() { return ranks_; }
@@ -129,6 +144,7 @@ class Exchange {
   bool RowsAreRight(const char* what) {
     bool ok = true;
     for (int r = 0; r < R; ++r) {
+      if (ranks_.IsAbsent(r)) continue;
       CHECK_CUDA(cudaSetDevice(ranks_.device[r]));
       const DispatchParams& d = arrays_[r].dispatch;
       ok &= Same((std::string(what) + ": rows").c_str(), r, d.rows[0].recv,
@@ -149,6 +165,7 @@ class Exchange {
     }
     bool ok = true;
     for (int r = 0; r < R; ++r) {
+      if (ranks_.IsAbsent(r)) continue;
       CHECK_CUDA(cudaSetDevice(ranks_.device[r]));
       ok &= Same(what, r, arrays_[r].combine.out, sums_[weighted][r], c_.row_bytes());
       if (!c_.weights) continue;
@@ -208,7 +225,7 @@ class Exchange {
   bool AreZero(const char* what, int except, int64_t num_bytes, F array) {
     bool ok = true;
     for (int r = 0; r < R; ++r) {
-      if (r == except) continue;
+      if (r == except || ranks_.IsAbsent(r)) continue;
       CHECK_CUDA(cudaSetDevice(ranks_.device[r]));
       ok &= Same(what, r, array(r), std::vector<char>(num_bytes, 0));
     }
@@ -228,9 +245,10 @@ class Exchange {
   int64_t dispatch_bytes_ = 0, combine_bytes_ = 0;
 };
 
-bool CheckCase(Case c) {
+bool CheckCase(Case c, bool masked_call = false) {
   Finish(c);
   Exchange calls(c);
+  if (masked_call) calls.LetMaskedCall();
   if (!calls.fits()) {
     std::printf("%-40s does not fit\n", c.name.c_str());
     return false;
@@ -313,6 +331,39 @@ std::vector<Case> SmallCases(int R) {
   return cases;
 }
 
+// Calls of a routing from before the mask.
+bool CheckMaskedLate(Case c) {
+  Finish(c);
+  const uint32_t dead = std::exchange(c.dead, 0);
+  Exchange calls(c);
+  calls.config.num_sms = c.num_sms, calls.config.num_push_sms = std::max(1, c.num_sms / 3);
+  const auto words = calls.NewWords();
+  calls.OnAll([&](int r, cudaStream_t s) { return calls.DispatchStart(r, s, words); });
+  calls.OnAll([&](int r, cudaStream_t s) { return calls.DispatchDone(r, s, words); });
+  bool ok = calls.Wait() && calls.RowsAreRight("before");
+  // A start from before the mask is lost, and its done says so.
+  calls.OnAll([&](int r, cudaStream_t s) { return calls.CombineStart(r, s, words, false); });
+  ok &= calls.Wait();
+  calls.Settle();
+  calls.Mask(dead);
+  calls.Poison();
+  calls.OnAll([&](int r, cudaStream_t s) { return calls.CombineDone(r, s, words); });
+  const bool told = !calls.Wait();
+  ok &= told && calls.SumsAreZero("done of a start from before the mask");
+  for (int repeat = 0; repeat < 4 && ok; ++repeat) {
+    const bool weighted = repeat % 2 != 0 && c.layout != Layout::kRank;
+    calls.Poison();
+    calls.OnAll([&](int r, cudaStream_t s) { return calls.DispatchStart(r, s, words); });
+    calls.OnAll([&](int r, cudaStream_t s) { return calls.DispatchDone(r, s, words); });
+    ok &= calls.Wait() && calls.RowsAreRight("dispatch, masked late");
+    calls.OnAll([&](int r, cudaStream_t s) { return calls.CombineStart(r, s, words, weighted); });
+    calls.OnAll([&](int r, cudaStream_t s) { return calls.CombineDone(r, s, words); });
+    ok &= calls.Wait() && calls.SumsAreRight("combine, masked late", weighted);
+  }
+  std::printf("%-44s R %d masked %u: told %d, %s\n", c.name.c_str(), c.num_ranks, dead, told, ok ? "ok" : "FAILED");
+  return ok;
+}
+
 Case RandomCase(std::mt19937& random) {
   const auto pick = [&](std::vector<int> values) { return values[random() % values.size()]; };
   Case c;
@@ -364,6 +415,23 @@ int Small() {
   bool ok = true;
   for (const Case& c : SmallCases(2)) ok &= CheckCase(c);
   std::printf("%s\n", ok ? "SMALL OK" : "SMALL FAILED");
+  return ok ? 0 : 1;
+}
+
+int Masked() {
+  bool ok = true;
+  for (int R : {2, 3, 4, 8}) {
+    for (uint32_t dead : {1u, 2u, 5u, 1u << (R - 1)}) {
+      if (dead >= (1u << R) - 1) continue;
+      for (Case c : SmallCases(R)) {
+        c.name += ", masked " + std::to_string(dead);
+        c.dead = dead;
+        ok &= CheckCase(c) && CheckCase(c, true) && CheckMaskedLate(c);
+      }
+      ok &= CheckCase(SmallCases(R)[0]);  // all together again
+    }
+  }
+  std::printf("%s\n", ok ? "MASKED OK" : "MASKED FAILED");
   return ok ? 0 : 1;
 }
 
@@ -532,6 +600,7 @@ int main(int argc, char** argv) {
   int result = 1;
   if (what == "check") result = Check(argc, argv);
   if (what == "small") result = Small();
+  if (what == "masked") result = Masked();
   if (what == "timeout") result = Timeout();
   if (what == "bench") result = Measure();
   std::fflush(stdout);

@@ -4,6 +4,7 @@
 //   kernels check [seed count]         named and random cases against oracle.h, bitwise, each call twice
 //   kernels small                      a few small cases, for compute-sanitizer
 //   kernels timeout                    one rank does not call: the others must say so, and later calls must be right
+//   kernels masked                     masked ranks do not call, or do: the others get what the oracle says
 //
 // nvcc -O3 -std=c++17 -Iffi -gencode arch=compute_90a,code=sm_90a -o kernels tests/gpu/kernels/kernels.cu
 //   ffi/dispatch/dispatch.cu ffi/combine/*.cu ffi/low_latency/*.cu ffi/halves/*.cu ffi/group/barrier.cu
@@ -54,7 +55,9 @@ struct NvlinkCalls {
 
 namespace {
 
-bool CheckCase(const Case& c, int stride = 1) { return CheckCalls(c, Ranks::Of(c.num_ranks), NvlinkCalls{}, stride); }
+bool CheckCase(const Case& c, int stride = 1, Mask mask = Mask::kBefore) {
+  return CheckCalls(c, Ranks::Of(c.num_ranks), NvlinkCalls{}, stride, mask);
+}
 
 int Check(int argc, char** argv) {
   bool ok = true;
@@ -81,6 +84,39 @@ int Small() {
   bool ok = true;
   for (const Case& c : SmallCases(2)) ok &= CheckCase(c);
   std::printf("%s\n", ok ? "SMALL OK" : "SMALL FAILED");
+  return ok ? 0 : 1;
+}
+
+int Masked() {
+  bool ok = true;
+  for (int R : {2, 3, 4, 8}) {
+    for (uint32_t dead : {1u, 2u, 5u, 1u << (R - 1)}) {
+      if (dead >= (1u << R) - 1) continue;
+      for (Case c : SmallCases(R)) {
+        c.name += ", masked " + std::to_string(dead);
+        c.dead = dead;
+        for (Mask mask : {Mask::kBefore, Mask::kBeforeAndCalling, Mask::kAfterDispatch}) ok &= CheckCase(c, 1, mask);
+      }
+      ok &= CheckCase(SmallCases(R)[0]);  // all together again
+    }
+  }
+  // A rank that does not call is told, then masked: the others go on.
+  Group::SetTimeout(0.5);
+  Case c{"after a failure, masked", 3, 100, 4, 24, Layout::kExpert, 8, 0, 0, RowDtype::kBfloat16, 512};
+  Ranks& ranks = Ranks::Of(3);
+  ok &= CheckCase(c);
+  ranks.absent = 2;
+  ranks.Launch([&](int r, cudaStream_t stream) {
+    static Memory memory(ranks.device[r]);
+    return LaunchBarrier(ranks.group.view(r), false, memory.Make<int32_t>(1, 0), stream);
+  });
+  const bool told = !ranks.Wait() && ranks.failure.find("waited for rank 1") != std::string::npos;
+  std::printf("rank 1 never calls: told %d\n", told);
+  c.dead = 2;
+  for (int repeat = 0; repeat < 3; ++repeat) ok &= told && CheckCase(c);
+  c.dead = 0;
+  ok &= CheckCase(c);
+  std::printf("%s\n", ok ? "MASKED OK" : "MASKED FAILED");
   return ok ? 0 : 1;
 }
 
@@ -149,6 +185,7 @@ int main(int argc, char** argv) {
   if (what == "check") result = Check(argc, argv);
   if (what == "small") result = Small();
   if (what == "timeout") result = Timeout();
+  if (what == "masked") result = Masked();
   std::fflush(stdout);
   return result;
 }

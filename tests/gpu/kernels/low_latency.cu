@@ -4,6 +4,7 @@
 //                                    high-throughput calls of the same group
 //   low_latency small                a few small cases, for compute-sanitizer
 //   low_latency timeout              a rank does not call, or starts too often: an error, zeros, and right calls later
+//   low_latency masked               masked ranks do not call, or do: the others get what the oracle says
 //   low_latency bench [H [sms...]]   µs a call, back to back in a CUDA graph, slowest rank
 //   low_latency clocks [H [sms]]     when blocks of a dispatch reach its moments; built with -DJAX_EP_CLOCKS
 //
@@ -12,8 +13,10 @@
 //   ffi/group/group.cc
 #include <algorithm>
 #include <functional>
+#include <utility>
 
 #include "encoded.h"
+#include "logfmt_host.h"
 #include "low_latency/clocks.cuh"
 #include "low_latency/low_latency.h"
 
@@ -21,16 +24,26 @@ using namespace jax_ep;
 
 namespace {
 
+// What arrives of a rank's sum in LogFMT-10, in its place.
+void LogfmtRoundtrip(const Case& c, char* row) {
+  const int hidden = static_cast<int>(c.hidden);
+  if (c.dtype == RowDtype::kBfloat16) return jax_ep::LogfmtRoundtrip<__nv_bfloat16>(row, hidden);
+  if (c.dtype == RowDtype::kFloat16) return jax_ep::LogfmtRoundtrip<__half>(row, hidden);
+  jax_ep::LogfmtRoundtrip<float>(row, hidden);
+}
+
 // One case: its operands, expected results, and calls of every kind on all ranks.
 class Exchange {
  public:
   explicit Exchange(Case c) : c_(c), R(c.num_ranks), ranks_(Ranks::Of(c.num_ranks)), routing_(Route(c)) {
+    Mask(c.dead);
     std::mt19937 random(c.seed + 77);
     std::uniform_real_distribution<float> uniform(-1, 1);
     const int64_t per_row = c.layout == Layout::kRank ? c.num_topk : 1;
     for (int r = 0; r < R; ++r) {
       x_.push_back(RandomRows(c, c.num_tokens, random));
       y_.push_back(RandomRows(c, c.capacity, random));
+      small_y_.push_back(SmallRows(y_[r]));
       second_.emplace_back(c.num_tokens * c.second_bytes);
       for (char& byte : second_[r]) byte = static_cast<char>(random());
       weights_.emplace_back(c.choices());
@@ -49,6 +62,7 @@ class Exchange {
       if (c.weights) d.topk_weights = memory.Put(weights_[r]);
       CombineParams& b = arrays_[r].combine;
       b.y = memory.Put(y_[r]);
+      small_y_device_.push_back(memory.Put(small_y_[r]));
       // Cases without gates carry nothing back either: then no pointer may be looked at.
       if (c.weights) b.carried = memory.Put(carried_[r]);
       if (!c.weights) b.carried_back = nullptr;
@@ -57,15 +71,29 @@ class Exchange {
     }
     dispatch_bytes_ = LowLatencyDispatchBytes(Of(0, kDispatch), R);
     combine_bytes_ = LowLatencyCombineBytes(arrays_[0].combine, R);
+    logfmt_bytes_ = LowLatencyCombineBytes(OfLogfmt(0), R, true);
     if (!fits()) return;
     for (Operation operation : {kDispatch, kDispatchCached, kNotify}) {
       ranks_.group.MakeArenas(LowLatencyDispatchBytes(Of(0, operation), R));
     }
     ranks_.group.MakeArenas(combine_bytes_);
+    ranks_.group.MakeArenas(logfmt_bytes_);
     Settle();
   }
 
-  bool fits() const { return dispatch_bytes_ > 0 && combine_bytes_ > 0; }
+  ~Exchange() { Mask(0); }
+
+  // From now on these ranks take no part; the routing stays what is left of it.
+  void Mask(uint32_t dead) {
+    c_.dead = dead;
+    routing_ = Masked(c_, routing_);
+    Ranks::Mask(dead);
+    ranks_.absent = dead;
+  }
+  // Whether masked ranks call.
+  void LetMaskedCall() { ranks_.absent = 0; }
+
+  bool fits() const { return dispatch_bytes_ > 0 && combine_bytes_ > 0 && logfmt_bytes_ > 0; }
   Ranks& ranks() { return ranks_; }
 
   cudaError_t Dispatch(int r, cudaStream_t stream, Operation operation, Half half = Half::kBoth) {
@@ -78,6 +106,13 @@ class Exchange {
     b.weights = weighted && half != Half::kDone ? gates_device_[r] : nullptr;
     b.scratch = nullptr;
     return LaunchLowLatencyCombine(b, {ranks_.group.arenas(r, combine_bytes_), half, in_flight_[r]}, config_, stream);
+  }
+  cudaError_t CombineLogfmt(int r, cudaStream_t stream, bool weighted, Half half = Half::kBoth) {
+    CombineParams b = OfLogfmt(r);
+    b.weights = weighted && half != Half::kDone ? gates_device_[r] : nullptr;
+    LowLatencyParams low_latency{ranks_.group.arenas(r, logfmt_bytes_), half, in_flight_[r]};
+    low_latency.logfmt = true;
+    return LaunchLowLatencyCombine(b, low_latency, config_, stream);
   }
   // Encoded rows have results of their own.
   bool MakeEncoded(Wire wire) {
@@ -95,6 +130,7 @@ class Exchange {
   bool EncodedAreRight() {
     bool ok = encoded_->AreRight(ranks_, routing_);
     for (int r = 0; r < R && c_.weights; ++r) {
+      if (ranks_.IsAbsent(r)) continue;
       CHECK_CUDA(cudaSetDevice(ranks_.device[r]));
       ok &= Same("encoded: weights", r, arrays_[r].dispatch.recv_weights, ReceivedWeights(c_, routing_, r, weights_));
     }
@@ -136,6 +172,7 @@ class Exchange {
   bool RoutingIsRight(const char* what) {
     bool ok = true;
     for (int r = 0; r < R; ++r) {
+      if (ranks_.IsAbsent(r)) continue;
       CHECK_CUDA(cudaSetDevice(ranks_.device[r]));
       const DispatchParams& d = arrays_[r].dispatch;
       ok &= Same((std::string(what) + ": slot").c_str(), r, d.slot, routing_[r].slot, c_.num_topk);
@@ -150,6 +187,7 @@ class Exchange {
   bool RowsAreRight(const char* what) {
     bool ok = true;
     for (int r = 0; r < R; ++r) {
+      if (ranks_.IsAbsent(r)) continue;
       CHECK_CUDA(cudaSetDevice(ranks_.device[r]));
       const DispatchParams& d = arrays_[r].dispatch;
       ok &= Same((std::string(what) + ": rows").c_str(), r, d.rows[0].recv,
@@ -166,7 +204,7 @@ class Exchange {
   bool RowsAreZero(const char* what, int except = -1) {
     bool ok = true;
     for (int r = 0; r < R; ++r) {
-      if (r == except) continue;
+      if (r == except || ranks_.IsAbsent(r)) continue;
       CHECK_CUDA(cudaSetDevice(ranks_.device[r]));
       ok &= Same(what, r, arrays_[r].dispatch.rows[0].recv, std::vector<char>(c_.capacity * c_.row_bytes(), 0));
     }
@@ -175,6 +213,7 @@ class Exchange {
   bool SumsAreRight(const char* what, bool weighted) {
     bool ok = true;
     for (int r = 0; r < R; ++r) {
+      if (ranks_.IsAbsent(r)) continue;
       CHECK_CUDA(cudaSetDevice(ranks_.device[r]));
       ok &= Same(what, r, arrays_[r].combine.out, Combined(c_, routing_, r, y_, weighted ? &gates_ : nullptr),
                  c_.row_bytes());
@@ -184,10 +223,21 @@ class Exchange {
     }
     return ok;
   }
+  bool LogfmtSumsAreRight(const char* what, bool weighted) {
+    bool ok = true;
+    for (int r = 0; r < R; ++r) {
+      if (ranks_.IsAbsent(r)) continue;
+      CHECK_CUDA(cudaSetDevice(ranks_.device[r]));
+      const auto wire = [&](char* row) { LogfmtRoundtrip(c_, row); };
+      ok &= Same(what, r, arrays_[r].combine.out,
+                 Combined(c_, routing_, r, small_y_, weighted ? &gates_ : nullptr, 1, wire), c_.row_bytes());
+    }
+    return ok;
+  }
   bool SumsAreZero(const char* what, int except = -1) {
     bool ok = true;
     for (int r = 0; r < R; ++r) {
-      if (r == except) continue;
+      if (r == except || ranks_.IsAbsent(r)) continue;
       CHECK_CUDA(cudaSetDevice(ranks_.device[r]));
       ok &= Same(what, r, arrays_[r].combine.out, std::vector<char>(c_.num_tokens * c_.row_bytes(), 0));
     }
@@ -233,6 +283,23 @@ class Exchange {
     const DispatchParams& d = arrays_[r].dispatch;
     return encoded_->Of(r, d, d.rows[0].x);
   }
+  // Most rows so small that their sums are encoded; every fifth as it is, every seventh with a group of zeros.
+  std::vector<char> SmallRows(std::vector<char> rows) const {
+    for (int64_t row = 0; row < c_.capacity; ++row) {
+      for (int64_t h = 0; h < c_.hidden; ++h) {
+        char* const place = &rows[row * c_.row_bytes() + h * c_.elem_bytes()];
+        if (row % 5 != 3) Store(c_.dtype, place, Load(c_.dtype, place) / 64);
+        if (row % 7 == 4 && h / 128 == c_.hidden / 128 - 1) Store(c_.dtype, place, 0.f);
+      }
+    }
+    return rows;
+  }
+  CombineParams OfLogfmt(int r) const {
+    CombineParams b = arrays_[r].combine;
+    b.y = small_y_device_.empty() ? nullptr : small_y_device_[r];
+    b.carried = nullptr, b.carried_back = nullptr, b.scratch = nullptr;
+    return b;
+  }
   DispatchParams Of(int r, Operation operation) const {
     DispatchParams d = arrays_[r].dispatch;
     d.operation = operation;
@@ -244,19 +311,21 @@ class Exchange {
   int R;
   Ranks& ranks_;
   std::vector<RankRouting> routing_;
-  std::vector<std::vector<char>> x_, second_, y_;
+  std::vector<std::vector<char>> x_, second_, y_, small_y_;
   std::vector<std::vector<float>> weights_, gates_, carried_;
   std::vector<std::unique_ptr<Memory>> memory_;
   std::vector<Arrays> arrays_;
   std::vector<const float*> gates_device_;
+  std::vector<const char*> small_y_device_;
   std::unique_ptr<EncodedResults> encoded_;
-  int64_t dispatch_bytes_ = 0, combine_bytes_ = 0;
+  int64_t dispatch_bytes_ = 0, combine_bytes_ = 0, logfmt_bytes_ = 0;
   LowLatencyConfig config_{8};
 };
 
-bool CheckCase(Case c) {
+bool CheckCase(Case c, bool masked_call = false) {
   Finish(c);
   Exchange calls(c);
+  if (masked_call) calls.LetMaskedCall();
   if (!calls.fits()) {
     std::printf("%-40s does not fit\n", c.name.c_str());
     return false;
@@ -281,6 +350,11 @@ bool CheckCase(Case c) {
     calls.Poison(false);
     calls.OnAll([&](int r, cudaStream_t s) { return calls.Combine(r, s, weighted); });
     ok &= calls.Wait() && calls.SumsAreRight(weighted ? "combine weighted" : "combine", weighted);
+    for (int repeat = 0; repeat < 6 && ok; ++repeat) {
+      calls.Poison(false);
+      calls.OnAll([&](int r, cudaStream_t s) { return calls.CombineLogfmt(r, s, weighted); });
+      ok &= calls.Wait() && calls.LogfmtSumsAreRight(weighted ? "logfmt weighted" : "logfmt", weighted);
+    }
   }
   for (Wire wire : {Wire::kFp8, Wire::kFp8Ue8m0, Wire::kMxfp8}) {
     if (c.hidden % 16 != 0 || !calls.MakeEncoded(wire)) continue;
@@ -318,12 +392,25 @@ bool CheckCase(Case c) {
       calls.OnAll([&](int r, cudaStream_t s) { return calls.Combine(r, s, one && weighted, Half::kDone); });
       ok &= calls.Wait() && calls.SumsAreRight("combine_done", one && weighted);
     }
+    for (bool one : {false, true}) {
+      calls.in_flight_ = one ? second : first;
+      calls.OnAll([&](int r, cudaStream_t s) { return calls.CombineLogfmt(r, s, one && weighted, Half::kStart); });
+    }
+    for (bool one : {swapped, !swapped}) {
+      calls.Poison(false);
+      calls.in_flight_ = one ? second : first;
+      calls.OnAll([&](int r, cudaStream_t s) { return calls.CombineLogfmt(r, s, one && weighted, Half::kDone); });
+      ok &= calls.Wait() && calls.LogfmtSumsAreRight("logfmt, combine_done", one && weighted);
+    }
   }
   calls.in_flight_ = calls.NewInFlight();  // zeros: of no call
   calls.Poison(false);
   calls.OnAll([&](int r, cudaStream_t s) { return calls.Dispatch(r, s, kDispatchCached, Half::kDone); });
   calls.OnAll([&](int r, cudaStream_t s) { return calls.Combine(r, s, false, Half::kDone); });
   ok &= calls.Wait() && calls.RowsAreZero("done of nothing") && calls.SumsAreZero("done of nothing");
+  calls.Poison(false);
+  calls.OnAll([&](int r, cudaStream_t s) { return calls.CombineLogfmt(r, s, false, Half::kDone); });
+  ok &= calls.Wait() && calls.SumsAreZero("logfmt done of nothing");
   // Without anything in between that would keep the ranks together.
   calls.Poison(true);
   for (int repeat = 0; repeat < 20; ++repeat) {
@@ -406,6 +493,77 @@ int Small() {
   bool ok = true;
   for (const Case& c : SmallCases(2)) ok &= CheckCase(c);
   std::printf("%s\n", ok ? "SMALL OK" : "SMALL FAILED");
+  return ok ? 0 : 1;
+}
+
+// Calls of a routing from before the mask.
+bool CheckMaskedLate(Case c) {
+  Finish(c);
+  const uint32_t dead = std::exchange(c.dead, 0);
+  Exchange calls(c);
+  calls.set_num_sms(c.num_sms);
+  calls.OnAll([&](int r, cudaStream_t s) { return calls.Dispatch(r, s, kDispatch); });
+  bool ok = calls.Wait() && calls.RoutingIsRight("before") && calls.RowsAreRight("before");
+  // A start from before the mask is lost, and its done says so.
+  calls.OnAll([&](int r, cudaStream_t s) { return calls.Combine(r, s, false, Half::kStart); });
+  ok &= calls.Wait();
+  calls.Mask(dead);
+  calls.Poison(false);
+  calls.OnAll([&](int r, cudaStream_t s) { return calls.Combine(r, s, false, Half::kDone); });
+  const bool told = !calls.Wait();
+  ok &= told && calls.SumsAreZero("done of a start from before the mask");
+  for (int repeat = 0; repeat < 6 && ok; ++repeat) {
+    const bool weighted = repeat % 2 != 0 && c.layout != Layout::kRank;
+    calls.Poison(false);
+    calls.OnAll([&](int r, cudaStream_t s) { return calls.Dispatch(r, s, kDispatchCached); });
+    ok &= calls.Wait() && calls.RowsAreRight("dispatch_cached, masked late");
+    calls.OnAll([&](int r, cudaStream_t s) { return calls.Combine(r, s, weighted); });
+    ok &= calls.Wait() && calls.SumsAreRight("combine, masked late", weighted);
+    calls.OnAll([&](int r, cudaStream_t s) { return calls.CombineLogfmt(r, s, weighted); });
+    ok &= calls.Wait() && calls.LogfmtSumsAreRight("logfmt, masked late", weighted);
+  }
+  std::printf("%-44s R %d masked %u: told %d, %s\n", c.name.c_str(), c.num_ranks, dead, told, ok ? "ok" : "FAILED");
+  return ok;
+}
+
+int Masked() {
+  bool ok = true;
+  for (int R : {2, 3, 4, 8}) {
+    for (uint32_t dead : {1u, 2u, 5u, 1u << (R - 1)}) {
+      if (dead >= (1u << R) - 1) continue;
+      for (Case c : SmallCases(R)) {
+        c.name += ", masked " + std::to_string(dead);
+        c.dead = dead;
+        ok &= CheckCase(c) && CheckCase(c, true) && CheckMaskedLate(c);
+      }
+      ok &= CheckCase(SmallCases(R)[0]);  // all together again
+    }
+  }
+  // A rank that does not call is told, then masked: the others go on, with the same routing and with new ones.
+  Group::SetTimeout(0.5);
+  Case c{"after a failure, masked", 3, 60, 4, 24, Layout::kExpert, 8, 0, 0, RowDtype::kBfloat16, 512};
+  Finish(c);
+  {
+    Exchange calls(c);
+    calls.OnAll([&](int r, cudaStream_t s) { return calls.Dispatch(r, s, kDispatch); });
+    ok &= calls.Wait() && calls.RowsAreRight("before");
+    calls.ranks().absent = 2;
+    calls.OnAll([&](int r, cudaStream_t s) { return calls.Combine(r, s, true); });
+    const bool told =
+        !calls.Wait() && calls.ranks().failure.find("waited for rank 1 in phase lines") != std::string::npos;
+    ok &= told && calls.SumsAreZero("sums after a timeout");
+    std::printf("rank 1 never calls: told %d\n", told);
+    calls.Mask(2);
+    for (int repeat = 0; repeat < 6; ++repeat) {
+      calls.OnAll([&](int r, cudaStream_t s) { return calls.Combine(r, s, true); });
+      ok &= calls.Wait() && calls.SumsAreRight("combine after a failure", true);
+    }
+  }
+  c.dead = 2;
+  ok &= CheckCase(c);
+  c.dead = 0;
+  ok &= CheckCase(c);
+  std::printf("%s\n", ok ? "MASKED OK" : "MASKED FAILED");
   return ok ? 0 : 1;
 }
 
@@ -551,7 +709,7 @@ int Measure(int argc, char** argv) {
   if (all_sms.empty()) all_sms = {64, 132};
   std::printf("%d GPUs, H %d, top-8 of 256, µs a call in a CUDA graph, p50/p99; floor: bf16 rows at 350 GB/s\n",
               g_num_devices, hidden);
-  const char* names[] = {"dispatch", "cached", "notify", "fp8", "combine", "weighted"};
+  const char* names[] = {"dispatch", "cached", "notify", "fp8", "combine", "weighted", "logfmt", "weighted"};
   std::printf("%-14s %4s %4s", "layout", "T", "sms");
   for (const char* name : names) std::printf(" | %13s", name);
   std::printf(" | %7s\n", "floor");
@@ -574,12 +732,16 @@ int Measure(int argc, char** argv) {
           print([&](int r, cudaStream_t s) { return calls.Dispatch(r, s, operation); });
         }
         print([&](int r, cudaStream_t s) { return calls.DispatchEncoded(r, s); });
-        print([&](int r, cudaStream_t s) { return calls.Combine(r, s, false); });
-        if (by_rank) {
-          std::printf(" | %13s", "");
-        } else {
-          print([&](int r, cudaStream_t s) { return calls.Combine(r, s, true); });
-        }
+        const auto sums = [&](const auto& combine) {
+          print([&](int r, cudaStream_t s) { return combine(r, s, false); });
+          if (by_rank) {
+            std::printf(" | %13s", "");
+          } else {
+            print([&](int r, cudaStream_t s) { return combine(r, s, true); });
+          }
+        };
+        sums([&](int r, cudaStream_t s, bool weighted) { return calls.Combine(r, s, weighted); });
+        sums([&](int r, cudaStream_t s, bool weighted) { return calls.CombineLogfmt(r, s, weighted); });
         std::printf(" | %7.1f\n", calls.MostRowsSent() * double(c.row_bytes()) / 350e3);
       }
     }
@@ -648,6 +810,7 @@ int main(int argc, char** argv) {
   if (what == "check") result = Check(argc, argv);
   if (what == "small") result = Small();
   if (what == "timeout") result = Timeout();
+  if (what == "masked") result = Masked();
   if (what == "bench") result = Measure(argc, argv);
 #ifdef JAX_EP_CLOCKS
   if (what == "clocks") result = Clocks(argc, argv);

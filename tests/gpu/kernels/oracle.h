@@ -4,8 +4,10 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <cstring>
+#include <functional>
 #include <random>
 #include <string>
 #include <vector>
@@ -29,7 +31,9 @@ struct Case {
   double invalid = 0.05;
   int num_sms = 8, num_send_blocks = 4;
   unsigned seed = 1;
+  uint32_t dead = 0;  // masked ranks
 
+  bool IsDead(int rank) const { return (dead >> rank & 1) != 0; }
   int64_t elem_bytes() const { return dtype == RowDtype::kFloat32 ? 4 : 2; }
   int64_t row_bytes() const { return hidden * elem_bytes(); }
   int num_local() const { return num_experts / num_ranks; }
@@ -76,9 +80,17 @@ inline std::vector<RankRouting> Route(const Case& c) {
     if (c.layout == Layout::kRank) rank.recv_topk_idx.assign(static_cast<int64_t>(C) * K, -1);
   }
   const auto valid = [&](int e) { return e >= 0 && e < E; };
+  for (int r = 0; r < R; ++r) {
+    for (int64_t i = 0; i < c.choices(); ++i) {
+      const int e = ranks[r].topk_idx[i];
+      if (!c.IsDead(r) && valid(e) && c.IsDead(e / L)) ranks[r].slot[i] = kLost - e / L;
+    }
+  }
   for (int d = 0; d < R; ++d) {
+    if (c.IsDead(d)) continue;
     auto& here = ranks[d];
     for (int r = 0; r < R; ++r) {
+      if (c.IsDead(r)) continue;
       for (int64_t i = 0; i < c.choices(); ++i) {
         const int e = ranks[r].topk_idx[i];
         if (valid(e) && e / L == d) ++here.counts[e % L];
@@ -97,6 +109,7 @@ inline std::vector<RankRouting> Route(const Case& c) {
       }
     }
     for (int r = 0; r < R; ++r) {
+      if (c.IsDead(r)) continue;
       for (int t = 0; t < T; ++t) {
         int64_t row = -1;
         for (int k = 0; k < K; ++k) {
@@ -116,6 +129,21 @@ inline std::vector<RankRouting> Route(const Case& c) {
       }
     }
     here.counts[L] = static_cast<int32_t>(end);
+  }
+  return ranks;
+}
+
+// What is left of a routing from before the mask.
+inline std::vector<RankRouting> Masked(const Case& c, std::vector<RankRouting> ranks) {
+  for (int r = 0; r < c.num_ranks; ++r) {
+    for (int32_t& slot : ranks[r].slot) {
+      if (slot >= 0 && (c.IsDead(r) || c.IsDead(slot / c.capacity))) slot = -1;
+    }
+    for (int s = 0; s < c.num_ranks; ++s) {
+      if (!c.IsDead(r) && !c.IsDead(s)) continue;
+      const auto part = ranks[r].recv_slot.begin() + s * c.choices();
+      std::fill(part, part + c.choices(), -1);
+    }
   }
   return ranks;
 }
@@ -158,38 +186,38 @@ inline void Store(RowDtype dtype, char* p, float value) {
   if (dtype == RowDtype::kBfloat16) *reinterpret_cast<__nv_bfloat16*>(p) = __float2bfloat16_rn(value);
 }
 
-inline float Round(RowDtype dtype, float value) {
-  char bits[4];
-  Store(dtype, bits, value);
-  return Load(dtype, bits);
-}
-
-// out [T, H] of rank r from everybody's y [C, H] and weights [C]. Only tokens t % stride == 0, the others stay zero.
+// out [T, H] of rank r from everybody's y [C, H] and weights [C]. `wire` makes of a rank's sum of a token, in place,
+// what arrives of it. Only tokens t % stride == 0, the others stay zero.
 inline std::vector<char> Combined(const Case& c, const std::vector<RankRouting>& routing, int r,
                                   const std::vector<std::vector<char>>& y,
-                                  const std::vector<std::vector<float>>* weights, int stride = 1) {
+                                  const std::vector<std::vector<float>>* weights, int stride = 1,
+                                  const std::function<void(char*)>& wire = nullptr) {
   const int64_t row_bytes = c.row_bytes(), elem = c.elem_bytes();
-  std::vector<char> out(c.num_tokens * row_bytes, 0);
+  std::vector<char> out(c.num_tokens * row_bytes, 0), sum(row_bytes);
+  std::vector<float> total(c.hidden);
   for (int t = 0; t < c.num_tokens; t += stride) {
-    for (int64_t h = 0; h < c.hidden; ++h) {
-      volatile float total = 0;
-      for (int d = 0; d < c.num_ranks; ++d) {
-        volatile float partial = 0;
-        bool any = false, taken = false;
-        for (int k = 0; k < c.num_topk; ++k) {
-          const int64_t slot = routing[r].slot[static_cast<int64_t>(t) * c.num_topk + k];
-          if (slot < 0 || slot / c.capacity != d || taken) continue;
-          any = true;
-          taken = c.layout == Layout::kRank;
-          const int64_t row = slot % c.capacity;
+    total.assign(c.hidden, 0.f);
+    for (int d = 0; d < c.num_ranks; ++d) {
+      std::vector<int64_t> rows;
+      for (int k = 0; k < c.num_topk; ++k) {
+        const int64_t slot = routing[r].slot[static_cast<int64_t>(t) * c.num_topk + k];
+        if (slot < 0 || slot / c.capacity != d || (c.layout == Layout::kRank && !rows.empty())) continue;
+        rows.push_back(slot % c.capacity);
+      }
+      if (rows.empty()) continue;
+      for (int64_t h = 0; h < c.hidden; ++h) {
+        volatile float partial = 0;  // so that each product and each sum is rounded
+        for (int64_t row : rows) {
           volatile float value = Load(c.dtype, &y[d][row * row_bytes + h * elem]);
           if (weights != nullptr) value = (*weights)[d][row] * value;
           partial = partial + value;
         }
-        if (any) total = total + Round(c.dtype, partial);
+        Store(c.dtype, &sum[h * elem], partial);
       }
-      Store(c.dtype, &out[t * row_bytes + h * elem], total);
+      if (wire) wire(sum.data());
+      for (int64_t h = 0; h < c.hidden; ++h) total[h] += Load(c.dtype, &sum[h * elem]);
     }
+    for (int64_t h = 0; h < c.hidden; ++h) Store(c.dtype, &out[t * row_bytes + h * elem], total[h]);
   }
   return out;
 }

@@ -64,9 +64,11 @@ struct Ranks {
   static Ranks& Of(int num_ranks) {
     static std::map<int, Ranks*> all;
     if (all[num_ranks] == nullptr) {
-      std::vector<int> devices(num_ranks);
-      for (int i = 0; i < num_ranks; ++i) devices[i] = i % g_num_devices;
-      auto* ranks = new Ranks{Group::OfDevices(devices), devices, std::vector<cudaStream_t>(num_ranks)};
+      // Each rank is a device of its own to the group, several of one ordinal where there are fewer GPUs.
+      std::vector<int> ids(num_ranks), devices(num_ranks);
+      for (int i = 0; i < num_ranks; ++i) ids[i] = i, devices[i] = i % g_num_devices;
+      for (int i = 0; i < num_ranks; ++i) Group::SetOrdinals({{i, devices[i]}});
+      auto* ranks = new Ranks{Group::OfDevices(ids), devices, std::vector<cudaStream_t>(num_ranks)};
       for (int i = 0; i < num_ranks; ++i) {
         CHECK_CUDA(cudaSetDevice(devices[i]));
         CHECK_CUDA(cudaStreamCreateWithFlags(&ranks->stream[i], cudaStreamNonBlocking));
@@ -76,8 +78,19 @@ struct Ranks {
     return *all[num_ranks];
   }
 
-  int64_t run = 1;
-  std::string failure;  // of the run
+  inline static int64_t run = 1;  // a process numbers its runs, whichever ranks make them
+  std::string failure;            // of the run
+  uint32_t absent = 0;            // ranks that do not call
+
+  bool IsAbsent(size_t rank) const { return (absent >> rank & 1) != 0; }
+  // Masks these ranks and no others, here and in every group.
+  static void Mask(uint32_t dead) {
+    std::vector<int> ids;
+    for (int i = 0; i < kMaxRanks; ++i) {
+      if ((dead >> i & 1) != 0) ids.push_back(i);
+    }
+    Group::SetDead(ids);
+  }
 
   // A host thread a rank, as under XLA: with a tool that makes launches wait, one thread could not launch the second
   // rank.
@@ -85,10 +98,15 @@ struct Ranks {
   void Launch(F launch) {
     std::vector<std::thread> threads;
     ++run;
+    // All enter first: a call that fails at once on one rank would else be refused on those that enter later.
     for (size_t i = 0; i < device.size(); ++i) {
+      CHECK_CUDA(cudaSetDevice(device[i]));
+      if (!IsAbsent(i)) CHECK_CUDA(Enter(i));
+    }
+    for (size_t i = 0; i < device.size(); ++i) {
+      if (IsAbsent(i)) continue;
       threads.emplace_back([&, i] {
         CHECK_CUDA(cudaSetDevice(device[i]));
-        CHECK_CUDA(Enter(i));
         CHECK_CUDA(launch(static_cast<int>(i), stream[i]));
       });
     }
@@ -115,7 +133,8 @@ struct Ranks {
       CHECK_CUDA(error);
     }
     ++run;
-    failure = group.Enter(0, run, stream[0]);
+    const int rank = __builtin_ctz(~absent);
+    failure = group.Enter(rank, run, stream[rank]);
     if (!failure.empty()) std::printf("  failure: %s\n", failure.c_str());
     return failure.empty();
   }
