@@ -331,6 +331,7 @@ def test_over_nodes_the_calls_are_the_same_by_kernels_of_their_own(mesh, layout,
 
 def test_over_nodes_values_and_scales_go_in_one_call_and_halves_by_the_collectives(mesh, monkeypatch):
     monkeypatch.setattr(group, "make_arenas", lambda groups, window_bytes: False)
+    monkeypatch.setattr(group, "make_landings", lambda groups, window_bytes: False)
     monkeypatch.setattr(group, "spans_nodes", lambda groups: True)
     compiled = compile_for_gpus(mesh, network(mesh, wire="fp8"))
     assert launches(compiled) == ["internode_dispatch", "internode_combine"]

@@ -7,7 +7,7 @@
 // items.cuh has the list of items, sum.cuh the adding.
 #include <algorithm>
 
-#include "combine/combine.h"
+#include "combine/combine_rows.h"
 #include "combine/items.cuh"
 #include "combine/sum.cuh"
 #include "device/wait.cuh"
@@ -322,7 +322,7 @@ Launch LaunchFor(RowDtype dtype, bool weighted, bool wide) {
 
 bool CombineFits(const CombineParams& p, int num_ranks) {
   const int64_t choices = static_cast<int64_t>(p.num_tokens) * p.num_topk * num_ranks;
-  // A list has at most (steps + lag) * ranks * groups items.
+  // A list has at most (steps + lag) * ranks * groups items, here and in combine_rows.cu.
   const int64_t items = (p.num_tokens + kLag * kWorkers + 4ll) * (num_ranks + 1) * (p.row_bytes / 2048 + 1);
   if (p.num_tokens >= kMaxSteps) return false;
   if (num_ranks > kMaxRanks || p.num_topk > 32 || p.row_bytes % 16 != 0 || p.row_bytes >= 1 << 30) return false;
@@ -331,6 +331,7 @@ bool CombineFits(const CombineParams& p, int num_ranks) {
 }
 
 cudaError_t LoadCombine() {
+  if (cudaError_t error = LoadCombineRows(); error != cudaSuccess) return error;
   for (RowDtype dtype : {RowDtype::kBfloat16, RowDtype::kFloat16, RowDtype::kFloat32}) {
     for (int i = 0; i < 4; ++i) {
       const Launch launch = LaunchFor(dtype, i / 2, i % 2);
@@ -345,6 +346,9 @@ cudaError_t LoadCombine() {
 }
 
 cudaError_t LaunchCombine(const CombineParams& params, const CombineConfig& config, cudaStream_t stream) {
+  if (params.one_row_a_rank || params.num_tokens < config.stream_from_tokens) {
+    return LaunchCombineRows(params, config, stream);
+  }
   const int num_blocks = std::max(1, std::min(config.num_sms, kMaxLanes));
   const Launch launch = LaunchFor(params.dtype, params.weights != nullptr, params.row_bytes >= 512 * kWide);
   launch.kernel<<<num_blocks, kThreads, launch.shared_bytes, stream>>>(params);

@@ -1,7 +1,8 @@
 // combine: every rank sums its rows of a token and hands the sum back; the token's rank adds the sums in rank order.
 //
 //   layouts "expert", "batched"   pushed: the expert's rank reduces and stores one row a (token, rank) into the
-//   source's scratch layout "rank"                 pulled: rows are sums already, the source reads them where they are
+//   source's scratch
+//   layout "rank"                 pulled: rows are sums already, the source reads them where they are
 //
 // docs/protocol.md draws this. T tokens, K choices, C rows of y, H columns, R ranks.
 #pragma once
@@ -34,6 +35,9 @@ struct CombineParams {
 
 struct CombineConfig {
   int num_sms = 24;
+  // From so many tokens on the rows of "expert" and "batched" go through shared memory; fewer, and those of "rank", go
+  // row by row, which begins sooner. The same on every rank.
+  int stream_from_tokens = 1024;
 };
 
 // False where the shape is beyond the kernel.

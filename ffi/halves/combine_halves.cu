@@ -4,9 +4,9 @@
 //   done    blocks take chunk after chunk: of own tokens the sum over the parts, in rank order
 #include <algorithm>
 
+#include "combine/row_sum.cuh"
 #include "halves/landing.cuh"
 #include "halves/push.cuh"
-#include "halves/sum.cuh"
 
 namespace jax_ep {
 namespace {

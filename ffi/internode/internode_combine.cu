@@ -11,8 +11,8 @@
 #include <algorithm>
 
 #include "combine/combine.h"
+#include "combine/row_sum.cuh"
 #include "device/warp.cuh"
-#include "halves/sum.cuh"
 #include "internode/internode.h"
 #include "internode/link.cuh"
 #include "internode/plan.h"

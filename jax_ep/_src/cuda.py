@@ -258,11 +258,17 @@ def _dispatch_cached(ctx: Any, *operands: Any, routing: Routing, num_rows: int, 
 # kernels of ffi/halves/, then the reference.
 
 
-def _with_room(devices: group.Groups, window: int, landing: int, low_latency: str, other: str) -> str | None:
-    """Which of two targets to call for a half that needs so much of an arena; None where there is no memory."""
+def _with_room(
+    devices: group.Groups, routing: Routing, window: int, landing: int, low_latency: str, other: str
+) -> str | None:
+    """Which of two targets to call for a half that needs so much of an arena; None where there is no memory.
+
+    The halves of high throughput take memory as long as their rows, so they are asked for by name, never by "auto".
+    """
     if window > 0 and group.make_arenas(devices, window):
         return low_latency
-    return other if landing > 0 and group.make_landings(devices, landing) else None
+    asked = routing.mode == "high_throughput" and landing > 0
+    return other if asked and group.make_landings(devices, landing) else None
 
 
 def _holds_in_flight(routing: Routing, token_bytes: int) -> bool:
@@ -294,7 +300,9 @@ def _dispatch_half(meaning: Rule, low_latency: str, other: str) -> Rule:
         if devices is not None:
             sizes = [_row_bytes(row) for row in rows]
             window = _dispatch_window(sizes, routing, has_weights, True)
-            target = _with_room(devices, window, _dispatch_landing(sizes, routing, has_weights), low_latency, other)
+            target = _with_room(
+                devices, routing, window, _dispatch_landing(sizes, routing, has_weights), low_latency, other
+            )
         if target is None:
             static = {"routing": routing, "num_rows": num_rows, "has_weights": has_weights}
             return _reference(meaning)(ctx, *operands, **static)
@@ -479,7 +487,7 @@ def _call_combine_half(
     if devices is not None:
         window = _combine_window(rows, routing, has_carried, wire)
         landing = 0 if wire is not None else _combine_landing(rows, routing, has_carried)  # only low latency has one
-        target = _with_room(devices, window, landing, *halves)
+        target = _with_room(devices, routing, window, landing, *halves)
     if target is None:
         return _reference(meaning)(ctx, *operands, routing=routing, **static)
     attributes = _combine_attributes(routing, has_rows, has_weights, has_carried, devices)

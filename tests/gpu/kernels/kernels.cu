@@ -46,6 +46,7 @@ struct NvlinkCalls {
   }
   static CombineConfig Config(const Case& c) {
     CombineConfig config;
+    config.stream_from_tokens = c.num_tokens % 2 == 0 ? 0 : c.num_tokens + 1;  // both ways have their cases
     config.num_sms = c.num_sms;
     return config;
   }

@@ -1,0 +1,277 @@
+// combine by whole rows: the way of layout "rank", whose rows are sums already, and of few tokens. combine.cu has the
+// other way and chooses; both have the same protocol with the peers and the same sums. docs/protocol.md draws it.
+//
+//   warps         role        waits for                      signals
+//   all but last  worker      peers' progress (sums only)    shared.next, its place in the block's list of items
+//   last          publisher   shared.next of all workers     progress in every rank's window; then leaves
+//
+// Block b has the tokens b, b + B, ... of every rank, one a step. A step is a list of items, a row or a part of it
+// each: first the sums to push to the peers, then the sum of this rank's own token of `lag` steps before, for which the
+// peers have pushed meanwhile.
+#include <algorithm>
+
+#include "combine/combine_rows.h"
+#include "combine/row_sum.cuh"
+#include "device/wait.cuh"
+#include "device/warp.cuh"
+
+namespace jax_ep {
+namespace {
+
+constexpr int kWorkers = 15, kThreads = 32 * (kWorkers + 1), kLag = 2;
+
+enum Address { kY, kScratch, kCarried };
+
+struct CombineShared {
+  uint64_t address[kMaxRanks][kNumAddresses];
+  uint32_t next[kWorkers];
+};
+
+// Which row the token has on `rank`: that of the first choice whose owner it is, or -1. Lane k holds choice k's owner
+// and row.
+__device__ __forceinline__ int FirstRowOn(int rank, int owner, int row, int num_topk) {
+  int found = -1;
+  for (int k = num_topk - 1; k >= 0; --k) {
+    const int other = __shfl_sync(~0u, owner, k), other_row = __shfl_sync(~0u, row, k);
+    if (other == rank) found = other_row;
+  }
+  return found;
+}
+
+// The list of items of a block: num_steps + lag steps of items_per_step items.
+struct Steps {
+  int num_steps, num_groups, items_per_step, num_pushes, lag;
+  int64_t group_bytes;
+
+  __device__ Steps(const CombineParams& p, int num_ranks) {
+    constexpr int kLeast = 2048;
+    const int num_blocks = gridDim.x, block = blockIdx.x;
+    num_steps = (p.num_tokens - block + num_blocks - 1) / num_blocks;
+    // Whole rows, unless there are too few of them to keep the workers busy.
+    const int64_t most = max((p.row_bytes + kLeast - 1) / kLeast, int64_t{1}), num_rows = max(num_steps, 1) * num_ranks;
+    num_groups = static_cast<int>(min((4 * kWorkers + num_rows - 1) / num_rows, most));
+    group_bytes = ((p.row_bytes + num_groups - 1) / num_groups + 511) / 512 * 512;
+    num_pushes = p.one_row_a_rank || num_ranks == 1 ? 0 : num_ranks * num_groups;
+    items_per_step = num_pushes + num_groups;
+    // A few times what the workers are busy with: ranks do not run in step, and a worker that waits pushes nothing.
+    lag = num_pushes > 0 ? kLag * kWorkers / items_per_step + 4 : 0;
+  }
+  __device__ uint32_t num_items() const {
+    return num_steps > 0 ? static_cast<uint32_t>(num_steps + lag) * items_per_step : 0;
+  }
+};
+
+// What an item is, and this lane's choice of its token (recv_slot of a source's token to push, slot of an own token to
+// sum) and the weight of the row that it names.
+struct Item {
+  bool push;
+  int step, group, source, choice;
+  int64_t token;  // -1: nothing to do
+  float weight;
+};
+
+__device__ __forceinline__ Item LoadItem(const CombineParams& p, const Call& call, const Steps& steps, uint32_t index) {
+  Item item;
+  const int lane = threadIdx.x % 32, step = index / steps.items_per_step, part = index % steps.items_per_step;
+  item.push = part < steps.num_pushes;
+  item.step = item.push ? step : step - steps.lag;
+  item.token = -1;
+  item.choice = -1;
+  item.weight = 1.f;
+  if (item.step < 0 || item.step >= steps.num_steps || index >= steps.num_items()) return item;
+  item.token = static_cast<int64_t>(item.step) * gridDim.x + blockIdx.x;
+  item.source = (call.rank + 1 + part % call.num_ranks) % call.num_ranks;
+  item.group = item.push ? part / call.num_ranks : part - steps.num_pushes;
+  const int32_t* choices =
+      item.push ? p.recv_slot + static_cast<int64_t>(item.source) * p.num_tokens * p.num_topk : p.slot;
+  if (lane < p.num_topk) item.choice = choices[item.token * p.num_topk + lane];
+  if (call.dead != 0) {  // masked ranks are sent nothing, and their rows are absent
+    if (item.push && !call.Reaches(item.source)) item.token = -1, item.choice = -1;
+    if (!item.push && item.choice >= 0 && !call.Reaches(item.choice / p.max_recv_tokens)) item.choice = -1;
+  }
+  return item;
+}
+
+// The row here that this lane's choice names, or -1.
+__device__ __forceinline__ int OwnRow(const CombineParams& p, const Call& call, const Item& item) {
+  if (item.push) return item.choice;
+  const int row = item.choice - call.rank * p.max_recv_tokens;
+  return item.choice >= 0 && row >= 0 && row < p.max_recv_tokens ? row : -1;
+}
+
+// A load of its own, asked for when the choice is there: one item ahead of its use, as choices are two.
+template <bool kWeighted>
+__device__ __forceinline__ void LoadWeight(const CombineParams& p, const Call& call, Item& item) {
+  const int row = kWeighted ? OwnRow(p, call, item) : -1;
+  item.weight = row >= 0 ? p.weights[row] : 1.f;
+}
+
+__device__ __forceinline__ Rows OwnRows(const CombineParams& p, int row, float weight, int64_t end) {
+  return {__ballot_sync(~0u, row >= 0), p.y + row * p.row_bytes, weight, end};
+}
+
+template <class T, bool kWeighted>
+__device__ void Work(const CombineParams& p, const Call& call, const Steps& steps, CombineShared& shared) {
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, capacity = p.max_recv_tokens;
+  const uint32_t num_items = steps.num_items();
+  uint32_t seen = 0;  // steps that rank `lane` has pushed to here
+  bool came = true;
+  Item next = LoadItem(p, call, steps, warp), later = LoadItem(p, call, steps, warp + kWorkers);
+  LoadWeight<kWeighted>(p, call, next);
+  for (uint32_t index = warp; index < num_items; index += kWorkers) {
+    const Item item = next;
+    next = later;
+    LoadWeight<kWeighted>(p, call, next);
+    later = LoadItem(p, call, steps, index + 2 * kWorkers);
+    const int64_t begin = item.group * steps.group_bytes, end = min(begin + steps.group_bytes, p.row_bytes);
+    Rows rows{0, nullptr, 1.f, end};
+    char* target = nullptr;
+    bool is_total = false;
+    const int slot = item.choice, owner = slot >= 0 && !item.push ? slot / capacity : -1, row = slot - owner * capacity;
+    if (item.token >= 0 && item.push) {
+      // This rank's own sum waits in the result itself, the peers' in the scratch of the token's rank.
+      const int place = call.rank < item.source ? call.rank : call.rank - 1;
+      char* const sums = item.source == call.rank ? p.out
+                                                  : reinterpret_cast<char*>(shared.address[item.source][kScratch]) +
+                                                        static_cast<int64_t>(place) * p.num_tokens * p.row_bytes;
+      rows = OwnRows(p, slot, item.weight, end);
+      target = sums + item.token * p.row_bytes;
+    } else if (item.token >= 0) {
+      target = p.out + item.token * p.row_bytes;
+      rows.holders = __reduce_or_sync(~0u, slot >= 0 ? 1u << owner : 0u);
+      const bool holds = rows.holders >> lane & 1;
+      is_total = call.num_ranks == 1;
+      if (p.one_row_a_rank) {
+        const int there = FirstRowOn(lane, owner, row, p.num_topk);
+        rows.pointer = holds ? reinterpret_cast<const char*>(shared.address[lane][kY]) + there * p.row_bytes : nullptr;
+      } else if (call.num_ranks == 1) {
+        rows = OwnRows(p, slot >= 0 ? row : -1, item.weight, end);
+      } else {
+        const uint32_t want = item.step + 1;
+        if (came && holds && seen < want) {
+          uint64_t value;
+          came = Await(call, &call.window->progress[lane][blockIdx.x], want, kRows, lane, blockIdx.x, &value);
+          seen = static_cast<uint32_t>(value) & kGone;
+        }
+        came = __all_sync(~0u, came);
+        __syncwarp();  // each lane acquired for all
+        const int64_t place = lane < call.rank ? lane : lane - 1;
+        rows.pointer = lane == call.rank ? target : p.scratch + (place * p.num_tokens + item.token) * p.row_bytes;
+        if (!came) target = nullptr;
+      }
+      if (item.group == 0 && p.carried_back != nullptr && lane < p.num_topk) {
+        const int64_t place = p.one_row_a_rank ? static_cast<int64_t>(row) * p.num_topk + lane : row;
+        p.carried_back[item.token * p.num_topk + lane] =
+            slot >= 0 ? __ldcg(reinterpret_cast<const float*>(shared.address[owner][kCarried]) + place) : 0.f;
+      }
+    }
+    if (target != nullptr && (rows.holders != 0 || !item.push)) {
+      SumOrClear<T, kWeighted>(rows, begin, target, is_total);
+    }
+    __syncwarp();
+    if (lane == 0) StoreReleaseShared(&shared.next[warp], index + kWorkers);
+  }
+  __syncwarp();
+  if (lane == 0) StoreReleaseShared(&shared.next[warp], ~0u);
+}
+
+// Carries the workers' progress into the windows of all ranks, then leaves the lane.
+__device__ void PublishSteps(const Call& call, const Steps& steps, CombineShared& shared, bool met) {
+  const int lane = threadIdx.x % 32;
+  uint32_t published = 0;
+  const auto tell = [&](uint32_t state) {
+    FenceSys();  // what the workers stored before counting is before the flag
+    if (call.Reaches(lane)) StoreRelaxedSys(&call.Peer(lane)->progress[call.rank][blockIdx.x], call.Tag(state));
+  };
+  while (met) {
+    const uint32_t next = __reduce_min_sync(~0u, lane < kWorkers ? LoadAcquireShared(&shared.next[lane]) : ~0u);
+    if (next == ~0u) break;
+    // All items before `next` are done; the sums of a step come last and need not be.
+    const uint32_t pushed =
+        min((next + steps.num_groups) / steps.items_per_step, static_cast<uint32_t>(steps.num_steps));
+    if (steps.num_pushes == 0 || pushed == published) {
+      __nanosleep(100);
+      continue;
+    }
+    tell(pushed);
+    published = pushed;
+  }
+  tell(met ? kDone : kGone);
+  Leave(call, blockIdx.x, blockIdx.x);
+}
+
+template <class T, bool kWeighted>
+__global__ void __launch_bounds__(kThreads, 1) CombineRowsKernel(const __grid_constant__ CombineParams p) {
+  __shared__ CombineShared shared;
+  const Call call = BeginCall(p.group, kCombine);
+  const Steps steps(p, call.num_ranks);
+  if (threadIdx.x < kWorkers) shared.next[threadIdx.x] = threadIdx.x;
+  if (p.refused && threadIdx.x == 0) Refuse(call);
+  bool met = __syncthreads_and(!p.refused && !HasFailed(call) && !call.IsDead(call.rank));
+  if (met && call.Reaches(threadIdx.x)) {
+    Mail* mail = &call.Peer(threadIdx.x)->mail[call.parity][call.rank][blockIdx.x];
+    mail->address[kY] = reinterpret_cast<uint64_t>(p.y);
+    mail->address[kScratch] = reinterpret_cast<uint64_t>(p.scratch);
+    mail->address[kCarried] = reinterpret_cast<uint64_t>(p.carried);
+  }
+  if (met && threadIdx.x < 32) {
+    __syncwarp();
+    Post(call, blockIdx.x);
+    const int peer = threadIdx.x;
+    if (call.Reaches(peer)) {
+      met = Await(call, &call.window->post[call.parity][peer][blockIdx.x], kPosted, kMeet, peer, blockIdx.x);
+      const Mail& mail = call.window->mail[call.parity][peer][blockIdx.x];
+      for (int i = 0; i <= kCarried; ++i) shared.address[peer][i] = Translate(call, peer, mail.address[i]);
+    }
+  }
+  met = __syncthreads_and(met);
+  if (threadIdx.x / 32 < kWorkers) {
+    if (met) Work<T, kWeighted>(p, call, steps, shared);
+  } else {
+    PublishSteps(call, steps, shared, met);
+  }
+  if (IsLastBlock(call)) {
+    if (HasFailed(call) || call.IsDead(call.rank)) {
+      const int64_t num_words = p.num_tokens * (p.row_bytes / 16);
+      for (int64_t i = threadIdx.x; i < num_words; i += kThreads) reinterpret_cast<int4*>(p.out)[i] = int4{};
+      const int64_t num_choices = p.carried_back != nullptr ? static_cast<int64_t>(p.num_tokens) * p.num_topk : 0;
+      for (int64_t i = threadIdx.x; i < num_choices; i += kThreads) p.carried_back[i] = 0.f;
+    }
+    EndCall(call);
+  }
+}
+
+using Kernel = void (*)(CombineParams);
+
+template <class T>
+Kernel KernelFor(bool weighted) {
+  return weighted ? CombineRowsKernel<T, true> : CombineRowsKernel<T, false>;
+}
+
+Kernel KernelFor(RowDtype dtype, bool weighted) {
+  if (dtype == RowDtype::kBfloat16) return KernelFor<__nv_bfloat16>(weighted);
+  if (dtype == RowDtype::kFloat16) return KernelFor<__half>(weighted);
+  return KernelFor<float>(weighted);
+}
+
+}  // namespace
+
+cudaError_t LoadCombineRows() {
+  for (RowDtype dtype : {RowDtype::kBfloat16, RowDtype::kFloat16, RowDtype::kFloat32}) {
+    for (bool weighted : {false, true}) {
+      cudaFuncAttributes attributes;
+      const auto* kernel = reinterpret_cast<const void*>(KernelFor(dtype, weighted));
+      if (cudaError_t error = cudaFuncGetAttributes(&attributes, kernel); error != cudaSuccess) return error;
+    }
+  }
+  return cudaSuccess;
+}
+
+cudaError_t LaunchCombineRows(const CombineParams& params, const CombineConfig& config, cudaStream_t stream) {
+  const int num_blocks = std::max(1, std::min(config.num_sms, kMaxLanes));
+  const Kernel kernel = KernelFor(params.dtype, params.weights != nullptr);
+  kernel<<<num_blocks, kThreads, 0, stream>>>(params);
+  return cudaGetLastError();
+}
+
+}  // namespace jax_ep
