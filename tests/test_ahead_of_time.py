@@ -186,7 +186,7 @@ def test_scan_and_grad_launch_each_low_latency_call_once(mesh, options):
     assert launches(compiled) == [f"low_latency_{name}" for name in names]
 
 
-@pytest.mark.parametrize("mode", ["low_latency", "high_throughput", "auto"])
+@pytest.mark.parametrize("mode", ["low_latency", "high_throughput"])
 @pytest.mark.parametrize("layout", ["expert", "rank"])
 def test_halves_are_launched_once_each_and_in_order(mesh, layout, mode):
     prefix = "low_latency_" if mode == "low_latency" else ""
@@ -217,6 +217,11 @@ def test_work_stays_between_the_halves_on_their_stream(mesh, mode):
     entry = text[text.index("ENTRY") :]
     start, done = entry.index('dispatch_start"'), entry.index('dispatch_done"')
     assert re.search(r"gemm|dot", entry[start:done]) and "async" not in entry
+
+
+def test_halves_of_high_throughput_are_asked_for_by_name(mesh):
+    compiled = compile_for_gpus(mesh, network(mesh, mode="auto", halves=True))
+    assert launches(compiled) == ["notify"] and "all-gather" in collectives(compiled)
 
 
 def test_without_landings_halves_are_the_references(mesh, monkeypatch):

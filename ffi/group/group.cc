@@ -491,7 +491,7 @@ std::string Group::Listen() {
 // The same, and what follows from it: the failure that concerns calls from now on, if there is one and it is news or
 // the group spans processes. Called with the mutex held.
 std::string Group::Hear() {
-  const std::string news = Listen();
+  std::string news = Listen();
   if (spans_processes_) {
     if (failure_.empty()) failure_ = news;
     return failure_.empty() ? "" : failure_ + ". Call jax_ep.initialize() in every process to begin anew";
@@ -580,7 +580,7 @@ std::string Group::Enter(int rank, int64_t run, cudaStream_t stream) {
   if (cudaError_t error = Follow(ranks_[rank], stream); error != cudaSuccess) {
     return std::string("its calls could not be put in an order: ") + cudaGetErrorString(error);
   }
-  const std::string failure = Hear();
+  std::string failure = Hear();
   if (spans_processes_ && !failure.empty()) return failure;
   if (!spans_processes_ && number <= refused_runs_) return failure_;
   const Generation& generation = GenerationOf(number);

@@ -96,7 +96,7 @@ void MakeInternodeGroup(const std::vector<int>& devices, const std::vector<Berth
   view->nodes = NodesOf(node_of_rank);
   view->box_bytes = box_bytes;
   for (size_t rank = 0; rank < berths.size(); ++rank) {
-    view->room_of[rank] = reinterpret_cast<Room*>(berths[rank].room);
+    view->room_of[rank] = reinterpret_cast<Room*>(berths[rank].room);  // NOLINT(performance-no-int-to-ptr)
     view->pe[rank] = berths[rank].process;
     if (view->nodes.node[rank] == view->nodes.node[here] && berths[rank].room == 0) {
       throw std::runtime_error("jax_ep: rank " + std::to_string(rank) +
