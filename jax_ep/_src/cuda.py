@@ -169,7 +169,7 @@ def _call_dispatch(
         target = targets.INTERNODE_DISPATCHES[target]
         row_bytes = sum(_row_bytes(row) for row in ctx.avals_in[:num_rows])
         attributes |= _int64(direct=_wants_low_latency(routing, row_bytes))
-    else:
+    elif target not in (targets.DISPATCH_START, targets.DISPATCH_DONE):  # which know no format
         attributes |= _int64(wire=0 if wire is None else 1 + list(quantized.FORMATS).index(wire))
     rule = jax.ffi.ffi_lowering(target)
     return _launched_once(rule(ctx, *operands, devices=np.array(devices, np.int64).reshape(-1), **attributes))
