@@ -104,7 +104,7 @@ const char* const kPhases[] = {"meet (the peer's post)",
                                "reuse (the peer's end of an earlier call; is each start followed by its done?)",
                                "lines (what the peer sends)",
                                "in flight",
-                               "stage (this rank's own rows)"};
+                               "full"};
 
 std::string InWords(const Status& status, const std::string& who, const std::string& whom, uint64_t timeout_ns) {
   const uint64_t seen = status.seen, epoch = status.epoch;
@@ -115,6 +115,13 @@ std::string InWords(const Status& status, const std::string& who, const std::str
   if (status.phase == kInFlight) {
     return std::string(kOperations[status.operation]) + ": " + who +
            " was given a value in flight that no start of this group has made, or one from before its mask changed";
+  }
+  if (status.phase == kFull) {
+    return std::string(kOperations[status.operation]) + ": " + who + " began a start while " +
+           std::to_string(status.lane) +
+           " of its size were in flight, which is all that there is room for: each start needs its done before so many "
+           "others. Where the order is XLA's, jax.lax.optimization_barrier on a start's operand and an earlier done's "
+           "result keeps them apart (docs/overlap.md)";
   }
   std::string text = std::string(kOperations[status.operation]) + ": " + who + " waited for " + whom + " in phase " +
                      kPhases[status.phase] + ", lane " + std::to_string(status.lane) + ", call " + number(epoch) +
@@ -142,6 +149,7 @@ Group::Group(const std::vector<int>& devices, const std::vector<Place>& places)
   for (size_t i = 0; i < places.size(); ++i) {
     Rank& rank = ranks_[i];
     rank.place = places[i];
+    rank.dead = generations_.back().dead;
     rank.window = static_cast<Window*>(ToPointer(places[i].window));
     if (!is_local(rank)) continue;
     Check("cudaSetDevice", cudaSetDevice(rank.place.device));
@@ -163,13 +171,10 @@ Group::Group(const std::vector<int>& devices, const std::vector<Place>& places)
                                          cudaHostAllocMapped | cudaHostAllocPortable));
     *rank.status = Status{};
     Check("cudaStreamCreate", cudaStreamCreateWithFlags(&rank.aside, cudaStreamNonBlocking));
-    for (cudaEvent_t* event : {&rank.before, &rank.beside}) {
+    for (cudaEvent_t* event : {&rank.before, &rank.beside, &rank.staged}) {
       Check("cudaEventCreate", cudaEventCreateWithFlags(event, cudaEventDisableTiming));
     }
-    int least = 0, greatest = 0;
-    Check("cudaDeviceGetStreamPriorityRange", cudaDeviceGetStreamPriorityRange(&least, &greatest));
-    Check("cudaStreamCreate", cudaStreamCreateWithPriority(&rank.push, cudaStreamNonBlocking, greatest));
-    Check("cudaEventCreate", cudaEventCreateWithFlags(&rank.forked, cudaEventDisableTiming));
+    Check("cudaStreamCreate", cudaStreamCreateWithFlags(&rank.push, cudaStreamNonBlocking));
     // A kernel first loaded while a peer's kernel waits for it would never run.
     Check("loading dispatch", LoadDispatch());
     Check("loading combine", LoadCombine());
@@ -179,7 +184,6 @@ Group::Group(const std::vector<int>& devices, const std::vector<Place>& places)
     Check("loading low-latency combine", LoadLowLatencyCombine());
     Check("loading the halves of dispatch", LoadDispatchHalves());
     Check("loading the halves of combine", LoadCombineHalves());
-    Check("loading push", LoadPush());
   }
   for (size_t i = 0; i < ranks_.size(); ++i) {
     if (!is_local(ranks_[i])) continue;
@@ -358,7 +362,7 @@ void Group::MakeSharedArena(Purpose purpose, int64_t bytes, const std::vector<ui
   }
   std::lock_guard<std::mutex> making(making_);
   if (FindSharedArena(purpose, bytes) != nullptr) return;
-  auto arena = std::make_unique<SharedArena>(SharedArena{purpose, bytes, {}, std::vector<uint64_t>(ranks_.size())});
+  auto arena = std::make_unique<SharedArena>(SharedArena{purpose, bytes, {}, std::vector<Starts>(ranks_.size())});
   DeviceGuard guard;
   for (size_t i = 0; i < ranks_.size(); ++i) {
     char* memory = nullptr;
@@ -374,6 +378,11 @@ void Group::MakeSharedArena(Purpose purpose, int64_t bytes, const std::vector<ui
       Check("cudaStreamSynchronize", cudaStreamSynchronize(ranks_[i].aside));
     }
     arena->of_rank.push_back(memory);
+    if (purpose != Purpose::kHalves || !is_local(ranks_[i])) continue;
+    Check("cudaSetDevice", cudaSetDevice(ranks_[i].place.device));
+    for (cudaEvent_t& event : arena->starts[i].pushed) {
+      Check("cudaEventCreate", cudaEventCreateWithFlags(&event, cudaEventDisableTiming));
+    }
   }
   std::lock_guard<std::mutex> lock(mutex_);  // a rank begins a generation before its arena is there, or with it
   if (arenas_.size() + 1 >= kMaxLedgers) throw std::runtime_error("jax_ep: too many sizes of calls through arenas");
@@ -418,7 +427,9 @@ int64_t Group::LowLatencyArenaBytes(int64_t window_bytes) {
 }
 
 int64_t Group::LandingArenaBytes(int64_t window_bytes) {
-  return kLandingHeaderBytes + kLandingDepth * LandingClass(window_bytes);
+  const int depth = LandingDepth(window_bytes);
+  // Arenas are known by their bytes: four small windows are never taken for two large ones.
+  return kLandingHeaderBytes * (depth == kDepth ? 1 : 2) + depth * LandingClass(window_bytes);
 }
 
 ArenaView Group::ViewOf(int rank, Purpose purpose, int64_t bytes, int64_t window_bytes, int depth) {
@@ -438,17 +449,24 @@ ArenaView Group::arenas(int rank, int64_t window_bytes) {
 }
 
 ArenaView Group::landings(int rank, int64_t window_bytes) {
-  return ViewOf(rank, Purpose::kHalves, LandingArenaBytes(window_bytes), LandingClass(window_bytes), kLandingDepth);
+  return ViewOf(rank, Purpose::kHalves, LandingArenaBytes(window_bytes), LandingClass(window_bytes),
+                LandingDepth(window_bytes));
 }
 
 cudaError_t Group::MakeFork(int rank, int64_t window_bytes, cudaStream_t stream, Fork* fork) {
   SharedArena* const arena = FindSharedArena(Purpose::kHalves, LandingArenaBytes(window_bytes));
   if (arena == nullptr) return cudaErrorInvalidValue;
   std::lock_guard<std::mutex> lock(mutex_);
-  fork->stream = ranks_[rank].push;
-  fork->number = ++arena->starts[rank];
-  if (cudaError_t error = cudaEventRecord(ranks_[rank].forked, stream); error != cudaSuccess) return error;
-  return cudaStreamWaitEvent(fork->stream, ranks_[rank].forked, 0);
+  const Rank& of = ranks_[rank];
+  Starts& starts = arena->starts[rank];
+  if (starts.generation != of.generation) starts.generation = of.generation, starts.count = 0;
+  fork->slot = static_cast<int>(++starts.count & (LandingDepth(window_bytes) - 1));
+  fork->stream = of.push;
+  fork->staged = of.staged;
+  fork->pushed = starts.pushed[fork->slot];
+  const uint32_t all = static_cast<uint32_t>((uint64_t{1} << num_ranks()) - 1);
+  fork->peers = (of.dead >> rank & 1) != 0 ? 0 : all & ~of.dead & ~(1u << rank);
+  return cudaStreamWaitEvent(stream, fork->pushed, 0);
 }
 
 bool Group::HavePeerAccess(const std::vector<int>& devices) {
@@ -516,6 +534,7 @@ const Group::Generation& Group::GenerationOf(uint64_t run) const {
 // Called with the mutex held.
 std::string Group::Begin(const Generation& generation, int rank, cudaStream_t stream) {
   ranks_[rank].generation = generation.number;
+  ranks_[rank].dead = generation.dead;
   Ledgers ledgers{};
   ledgers.ledger[ledgers.count++] = ranks_[rank].window;
   for (const auto& arena : arenas_) ledgers.ledger[ledgers.count++] = reinterpret_cast<Ledger*>(arena->of_rank[rank]);

@@ -33,7 +33,9 @@ enum class Purpose : int { kLowLatency, kHalves };
 // Where a start half's rows are pushed while its stream goes on.
 struct Fork {
   cudaStream_t stream;
-  uint64_t number;  // of this start among those of its arena and rank: from 1
+  cudaEvent_t staged, pushed;
+  int slot;        // of the window: host and device count the starts of a generation alike
+  uint32_t peers;  // a bit for each rank that is pushed to
 };
 
 class Group {
@@ -83,8 +85,9 @@ class Group {
   // The same for the windows in which the halves of high-throughput calls land.
   static int64_t LandingArenaBytes(int64_t window_bytes);
   ArenaView landings(int rank, int64_t window_bytes);
-  // A start half of `rank` through landings of this size: launches on the fork's stream come behind what `stream` holds
-  // now, and nothing on `stream` comes behind them.
+  // A start half of `rank` through landings of this size, to be launched on `stream` now. Its push waits on the fork's
+  // stream for `staged`, and is over with `pushed`: what `stream` gets from here on comes behind the push before it out
+  // of that window, but behind no other.
   cudaError_t MakeFork(int rank, int64_t window_bytes, cudaStream_t stream, Fork* fork);
   // Before anything of `run`, an execution of a program, is launched on a device of this process: what has failed in
   // the groups `devices` (group by group, `num_ranks` each), in a sentence, or nothing. If something has, the run is to
@@ -112,10 +115,11 @@ class Group {
     GroupView* view = nullptr;
     Status* status = nullptr;
     cudaStream_t aside = nullptr;  // for the host's writes while kernels wait: the default stream could wait for them
-    cudaStream_t push = nullptr;   // of forks, before others where multiprocessors are short: peers wait for them
-    cudaEvent_t forked = nullptr;
+    cudaStream_t push = nullptr;   // of forks
+    cudaEvent_t staged = nullptr;
     uint32_t heard = 0;       // failures of this rank that the host has heard of
     uint64_t generation = 0;  // of this rank's calls
+    uint32_t dead = 0;        // likewise
     // Calls beside the run's main stream, as XLA places those inside of compute_on: one is being launched now, one was
     // launched since the last on the main stream; and the events that keep them apart from the others.
     cudaStream_t main = nullptr;
@@ -123,11 +127,17 @@ class Group {
     cudaEvent_t before = nullptr, beside = nullptr;
   };
 
+  // Starts of halves, counted as kernels count them: from the begin of a generation on.
+  struct Starts {
+    uint64_t generation = 0, count = 0;
+    cudaEvent_t pushed[kDepth] = {};  // by window
+  };
+
   struct SharedArena {
     Purpose purpose;
     int64_t bytes;
     std::vector<char*> of_rank;
-    std::vector<uint64_t> starts;  // of each rank's halves
+    std::vector<Starts> starts;  // of each rank; of landings
   };
 
   // Calls of one generation pair with each other only, and have the same dead ranks. In one process a failure and a new

@@ -70,6 +70,6 @@ struct GroupView {
 };
 
 enum Operation : uint32_t { kDispatch, kDispatchCached, kNotify, kCombine, kBarrier, kCombineGrad };
-enum Phase : uint32_t { kMeet, kRows, kLeave, kRefused, kReuse, kLines, kInFlight, kStage };
+enum Phase : uint32_t { kMeet, kRows, kLeave, kRefused, kReuse, kLines, kInFlight, kFull };
 
 }  // namespace jax_ep

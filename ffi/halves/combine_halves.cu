@@ -1,12 +1,12 @@
 // The halves of combine: see halves.h for the contract, docs/protocol.md for the order of events.
 //
-//   stage   this rank's sum of each token of each rank into the part that goes there, and whose tokens have rows here
+//   stage   this rank's sum of each token of each rank into the part that goes there
 //   done    blocks take chunk after chunk: of own tokens the sum over the parts, in rank order
 #include <algorithm>
 
 #include "combine/row_sum.cuh"
 #include "halves/landing.cuh"
-#include "halves/push.cuh"
+#include "halves/push.h"
 
 namespace jax_ep {
 namespace {
@@ -43,22 +43,8 @@ __device__ __forceinline__ void StageSums(const CombineHalf& work, const ArenaCa
     if (kWeighted && row >= 0) rows.weight = p.weights[row];
     const int64_t first = unit % num_groups * work.group_bytes;
     rows.end = min(first + work.group_bytes, p.row_bytes);
-    char* const part = PartOf(call, work.layout, call.rank, OutPart(call, work.layout, rank_of(unit)));
+    char* const part = PartOf(call, work.layout, call.rank, work.layout.OutPart(call.rank, rank_of(unit)));
     SumRows<T, kWeighted>(rows, first, part + token_of(unit) * p.row_bytes, false);
-  }
-}
-
-// For each token, whose rank has rows of it here.
-__device__ __forceinline__ void StageTargets(const CombineHalf& work, const ArenaCall& call, int begin, int end) {
-  const CombineParams& p = work.params;
-  const int lane = threadIdx.x % 32;
-  for (int token = begin + threadIdx.x / 32; token < end; token += kHalfWarps) {
-    uint32_t ranks = 0;
-    for (int rank = 0; rank < call.num_ranks; ++rank) {
-      const int row = lane < p.num_topk ? HereOf(p, rank, token)[lane] : -1;
-      ranks |= __any_sync(~0u, row >= 0) ? 1u << rank : 0;
-    }
-    if (lane == 0) TargetsOf(call, work.layout)[token] = ranks & ~call.dead;
   }
 }
 
@@ -67,7 +53,7 @@ __device__ __forceinline__ void StageCarried(const CombineHalf& work, const Aren
   const CombineParams& p = work.params;
   const int num_choices = (end - begin) * p.num_topk;
   for (int rank = 0; rank < call.num_ranks; ++rank) {
-    const int part = OutPart(call, work.layout, rank);
+    const int part = work.layout.OutPart(call.rank, rank);
     auto* const gates = reinterpret_cast<float*>(PartOf(call, work.layout, call.rank, part) + work.layout.gates_offset);
     for (int i = threadIdx.x; i < num_choices; i += kHalfThreads) {
       const int64_t choice = static_cast<int64_t>(begin) * p.num_topk + i;
@@ -79,17 +65,15 @@ __device__ __forceinline__ void StageCarried(const CombineHalf& work, const Aren
 }
 
 template <class T, bool kWeighted>
-__global__ void __launch_bounds__(kHalfBounds) StageCombineKernel(const __grid_constant__ CombineHalf work) {
+__global__ void __launch_bounds__(kHalfThreads, 1) StageCombineKernel(const __grid_constant__ CombineHalf work) {
   const LandingLayout& layout = work.layout;
   const ArenaCall call = BeginArenaCall<0>(work.call, kCombine, work.params.refused);
   KeepBooks(call);
-  const bool ready = BeginStage(call, work.number, work.call.in_flight);
+  const bool ready = BeginStage(call, work.slot, work.call.in_flight);
   for (int chunk = blockIdx.x; ready && chunk < layout.num_chunks; chunk += gridDim.x) {
     const int begin = layout.ChunkBegin(chunk), end = layout.ChunkBegin(chunk + 1);
-    StageTargets(work, call, begin, end);
     if (layout.gate_bytes > 0) StageCarried(work, call, begin, end);
     if (layout.row_bytes > 0) StageSums<T, kWeighted>(work, call, begin, end);
-    ReleaseChunk(call, chunk);
   }
   LeaveFailed(call, call.failed || (call.takes_part && !ready));
 }
@@ -136,7 +120,7 @@ __device__ void ClearResults(const CombineHalf& work, int block, int num_blocks)
 }
 
 template <class T>
-__global__ void __launch_bounds__(kHalfBounds) CombineDoneKernel(const __grid_constant__ CombineHalf work) {
+__global__ void __launch_bounds__(kHalfThreads, 1) CombineDoneKernel(const __grid_constant__ CombineHalf work) {
   const LandingLayout& layout = work.layout;
   const ArenaCall call = BeginArenaCall<0>(work.call, kCombine, work.params.refused);
   const int warp = threadIdx.x / 32;
@@ -145,13 +129,14 @@ __global__ void __launch_bounds__(kHalfBounds) CombineDoneKernel(const __grid_co
   for (int chunk = blockIdx.x; came && chunk < layout.num_chunks; chunk += gridDim.x) {
     // Warp s waits for rank s; own sums were staged by a kernel before this one.
     for (int source = warp; source < call.num_ranks; source += kHalfWarps)
-      came = came && (source == call.rank || !call.Reaches(source) || AwaitArrived(call, source, chunk));
+      came = came && (source == call.rank || !call.Reaches(source) || AwaitArrived(call, layout, source, chunk));
     came = __syncthreads_and(came);
     if (!came) break;
     const int begin = layout.ChunkBegin(chunk), end = layout.ChunkBegin(chunk + 1);
     if (layout.row_bytes > 0) SumChunk<T>(work, call, begin, end);
     if (work.params.carried_back != nullptr) TakeCarried(work, call, begin, end);
   }
+  came = came && WasKept(call);
   if (!call.takes_part && !call.failed) ClearResults(work, blockIdx.x, gridDim.x);
   AckRead(call);
   if (LeaveFailed(call, call.failed || (call.takes_part && !came))) ClearResults(work, 0, 1);
@@ -199,15 +184,15 @@ int64_t CombineLandingBytes(const CombineParams& p, int num_ranks) {
   return MakeWork(p, num_ranks, num_ranks).layout.window_bytes();
 }
 
-cudaError_t LaunchCombineStart(const CombineParams& params, const HalfParams& half, const HalvesConfig& config,
-                               cudaStream_t stream, cudaStream_t push_stream) {
+cudaError_t LaunchCombineStart(const CombineParams& params, const HalfParams& half, const Fork& fork,
+                               const HalvesConfig& config, cudaStream_t stream) {
   CombineHalf work = MakeWork(params, half.arenas.num_ranks, half.arenas.num_ranks);
   work.call = {half.arenas, Half::kStart, half.in_flight};
-  work.number = half.number;
+  work.slot = fork.slot;
   const Kernel kernel = StageFor(params.dtype, params.weights != nullptr);
   kernel<<<NumBlocks(work, config), kHalfThreads, 0, stream>>>(work);
   if (cudaError_t error = cudaGetLastError(); error != cudaSuccess) return error;
-  return LaunchPush(half, work.layout, kCombine, config, push_stream);
+  return Push(half, work.layout, fork, stream);
 }
 
 cudaError_t LaunchCombineDone(const CombineParams& params, const HalfParams& half, const HalvesConfig& config,
@@ -220,7 +205,7 @@ cudaError_t LaunchCombineDone(const CombineParams& params, const HalfParams& hal
 }
 
 cudaError_t LoadCombineHalves() {
-  const auto load = [](Kernel kernel) { return LoadWithRoomBeside(reinterpret_cast<const void*>(kernel)); };
+  const auto load = [](Kernel kernel) { return LoadKernel(reinterpret_cast<const void*>(kernel)); };
   for (RowDtype dtype : {RowDtype::kBfloat16, RowDtype::kFloat16, RowDtype::kFloat32}) {
     for (bool weighted : {false, true}) {
       if (cudaError_t error = load(StageFor(dtype, weighted)); error != cudaSuccess) return error;

@@ -1,12 +1,12 @@
 // The halves of dispatch: see halves.h for the contract, docs/protocol.md for the order of events.
 //
-//   stage   x as it is into the own part, and which ranks get each token
+//   stage   x as it is into the own part
 //   done    blocks take (chunk, source) after (chunk, source): each row to all its places here; between, zero rows
 #include <algorithm>
 
 #include "dispatch/copy.cuh"
 #include "halves/landing.cuh"
-#include "halves/push.cuh"
+#include "halves/push.h"
 
 namespace jax_ep {
 namespace {
@@ -16,22 +16,15 @@ using DispatchHalf = HalfWork<DispatchParams>;
 constexpr int kVectors = 8;  // of 16 bytes that a lane has under way
 constexpr int kMaxLocalExperts = 4096;
 
-__global__ void __launch_bounds__(kHalfBounds) StageDispatchKernel(const __grid_constant__ DispatchHalf work) {
+__global__ void __launch_bounds__(kHalfThreads, 1) StageDispatchKernel(const __grid_constant__ DispatchHalf work) {
   const DispatchParams& p = work.params;
   const LandingLayout& layout = work.layout;
   const ArenaCall call = BeginArenaCall<0>(work.call, kDispatchCached, p.refused);
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   KeepBooks(call);
-  const bool ready = BeginStage(call, work.number, work.call.in_flight);
+  const bool ready = BeginStage(call, work.slot, work.call.in_flight);
   char* const part = PartOf(call, layout, call.rank, call.rank);
-  uint32_t* const targets = TargetsOf(call, layout);
   for (int chunk = blockIdx.x; ready && chunk < layout.num_chunks; chunk += gridDim.x) {
     const int64_t begin = layout.ChunkBegin(chunk), end = layout.ChunkBegin(chunk + 1);
-    for (int64_t token = begin + warp; token < end; token += kHalfWarps) {
-      const int slot = lane < p.num_topk ? p.slot[token * p.num_topk + lane] : -1;
-      const uint32_t ranks = __reduce_or_sync(~0u, slot >= 0 ? 1u << (slot / p.max_recv_tokens) : 0u);
-      if (lane == 0) targets[token] = ranks & ~call.dead;
-    }
     const auto stage = [&](int64_t offset, const void* from, int64_t bytes) {
       CopyBytes(part + offset + begin * bytes, static_cast<const char*>(from) + begin * bytes, (end - begin) * bytes,
                 threadIdx.x, kHalfThreads);
@@ -39,7 +32,6 @@ __global__ void __launch_bounds__(kHalfBounds) StageDispatchKernel(const __grid_
     stage(0, p.rows[0].x, layout.row_bytes);
     stage(layout.second_offset, p.rows[1].x, layout.second_bytes);
     stage(layout.gates_offset, p.topk_weights, layout.gate_bytes);
-    ReleaseChunk(call, chunk);
   }
   LeaveFailed(call, call.failed || (call.takes_part && !ready));
 }
@@ -169,7 +161,7 @@ __device__ void ClearResults(const DispatchHalf& work, int block, int num_blocks
   for (int64_t i = thread; i < num_gates; i += stride) p.recv_weights[i] = 0.f;
 }
 
-__global__ void __launch_bounds__(kHalfBounds) DispatchDoneKernel(const __grid_constant__ DispatchHalf work) {
+__global__ void __launch_bounds__(kHalfThreads, 1) DispatchDoneKernel(const __grid_constant__ DispatchHalf work) {
   extern __shared__ __align__(16) int32_t shared[];
   const DispatchParams& p = work.params;
   const LandingLayout& layout = work.layout;
@@ -188,14 +180,16 @@ __global__ void __launch_bounds__(kHalfBounds) DispatchDoneKernel(const __grid_c
     __syncthreads();
     WriteZeroRows(work, zero);
     for (int i = blockIdx.x; came && i < layout.num_chunks * num_peers; i += gridDim.x) {
-      const int source = (call.rank + 1 + i % num_peers) % call.num_ranks, chunk = i / num_peers;
+      // In the order in which they come: a rank pushes to its successor first.
+      const int source = (call.rank + num_peers - i % num_peers) % call.num_ranks, chunk = i / num_peers;
       if (!call.Reaches(source)) {
         ClearChunk(work, source, chunk);
         continue;
       }
-      came = __syncthreads_and(warp != 0 || AwaitArrived(call, source, chunk));
+      came = __syncthreads_and(warp != 0 || AwaitArrived(call, layout, source, chunk));
       if (came) LayOutChunk(work, call, source, chunk);
     }
+    came = came && WasKept(call);
   }
   if (!call.takes_part && !call.failed) ClearResults(work, blockIdx.x, gridDim.x);
   AckRead(call);
@@ -231,14 +225,15 @@ int64_t DispatchLandingBytes(const DispatchParams& p, int num_ranks) {
   return MakeWork(p, num_ranks).layout.window_bytes();
 }
 
-cudaError_t LaunchDispatchStart(const DispatchParams& params, const HalfParams& half, const HalvesConfig& config,
-                                cudaStream_t stream, cudaStream_t push_stream) {
+cudaError_t LaunchDispatchStart(const DispatchParams& params, const HalfParams& half, const Fork& fork,
+                                const HalvesConfig& config,
+                                cudaStream_t stream) {
   DispatchHalf work = MakeWork(params, half.arenas.num_ranks);
   work.call = {half.arenas, Half::kStart, half.in_flight};
-  work.number = half.number;
+  work.slot = fork.slot;
   StageDispatchKernel<<<NumBlocks(work.layout.num_chunks, config), kHalfThreads, 0, stream>>>(work);
   if (cudaError_t error = cudaGetLastError(); error != cudaSuccess) return error;
-  return LaunchPush(half, work.layout, kDispatchCached, config, push_stream);
+  return Push(half, work.layout, fork, stream);
 }
 
 cudaError_t LaunchDispatchDone(const DispatchParams& params, const HalfParams& half, const HalvesConfig& config,
@@ -254,9 +249,9 @@ cudaError_t LaunchDispatchDone(const DispatchParams& params, const HalfParams& h
 }
 
 cudaError_t LoadDispatchHalves() {
-  if (cudaError_t error = LoadWithRoomBeside(reinterpret_cast<const void*>(StageDispatchKernel)); error != cudaSuccess)
+  if (cudaError_t error = LoadKernel(reinterpret_cast<const void*>(StageDispatchKernel)); error != cudaSuccess)
     return error;
-  return LoadWithRoomBeside(reinterpret_cast<const void*>(DispatchDoneKernel));
+  return LoadKernel(reinterpret_cast<const void*>(DispatchDoneKernel));
 }
 
 }  // namespace jax_ep

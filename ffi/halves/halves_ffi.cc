@@ -49,13 +49,13 @@ ffi::Error FindPlace(const char* name, cudaStream_t stream, int32_t device, ffi:
   return ffi::Error::Success();
 }
 
-// Launches a start, which takes (half, push stream), on a fork.
+// Launches a start, which takes a fork.
 template <class Launch>
 ffi::Error Start(const char* name, cudaStream_t stream, LandingPlace* place, const Launch& launch) {
   Fork fork{};
   cudaError_t error = place->member.group->MakeFork(place->member.rank, place->window_bytes, stream, &fork);
-  place->half.number = fork.number;
-  if (error == cudaSuccess) error = launch(place->half, fork.stream);
+  if (place->member.refused()) fork.peers = 0;
+  if (error == cudaSuccess) error = launch(fork);
   return Report(name, place->member, error);
 }
 
@@ -112,8 +112,8 @@ ffi::Error Dispatch(cudaStream_t stream, int32_t device, ffi::RunId run, ffi::Sp
   p.group = place.member.view();
   p.refused = place.member.refused();
   if (!kStart) return Report(kName, place.member, LaunchDispatchDone(p, place.half, Config(num_sms), stream));
-  return Start(kName, stream, &place, [&](const HalfParams& half, cudaStream_t push) {
-    return LaunchDispatchStart(p, half, Config(num_sms), stream, push);
+  return Start(kName, stream, &place, [&](const Fork& fork) {
+    return LaunchDispatchStart(p, place.half, fork, Config(num_sms), stream);
   });
 }
 
@@ -173,8 +173,8 @@ ffi::Error Combine(cudaStream_t stream, int32_t device, ffi::RunId run, ffi::Spa
   p.group = place.member.view();
   p.refused = place.member.refused();
   if (!kStart) return Report(kName, place.member, LaunchCombineDone(p, place.half, Config(num_sms), stream));
-  return Start(kName, stream, &place, [&](const HalfParams& half, cudaStream_t push) {
-    return LaunchCombineStart(p, half, Config(num_sms), stream, push);
+  return Start(kName, stream, &place, [&](const Fork& fork) {
+    return LaunchCombineStart(p, place.half, fork, Config(num_sms), stream);
   });
 }
 

@@ -1,5 +1,5 @@
-// The windows of halves on the device: where parts lie, how a stage begins and releases its chunks, how a done acquires
-// the peers' and gives the window back. Neighbours: group/landing.h is the layout, low_latency/call.cuh the calls.
+// The windows of halves on the device: where parts lie, how a stage begins, how a done acquires what peers have pushed and
+// gives the window back. Neighbours: group/landing.h is the layout, push.cc the push, low_latency/call.cuh the calls.
 #pragma once
 
 #include "group/landing.h"
@@ -8,16 +8,14 @@
 
 namespace jax_ep {
 
-// A stage or a done has 14 warps of at most 128 registers a thread (which is what kHalfBounds asks for), so that there
-// is room for a push kernel beside it.
-constexpr int kHalfWarps = 14, kHalfThreads = 32 * kHalfWarps, kHalfBounds = 512;
+constexpr int kHalfWarps = 12, kHalfThreads = 32 * kHalfWarps;  // three a scheduler: 168 registers a thread
 
 // What the kernels of a half are told; `call` as BeginArenaCall takes it.
 template <class Params>
 struct HalfWork {
   Params params;
   LowLatencyParams call;
-  uint64_t number;
+  int slot;  // of a start: the window that the push of this call takes, see Fork
   LandingLayout layout;
   int num_groups;       // that a row is cut into, for the warps of a block to share
   int64_t group_bytes;  // a multiple of 512
@@ -30,17 +28,6 @@ __device__ __forceinline__ Landing* LandingOf(const ArenaCall& call, int rank) {
 __device__ __forceinline__ char* PartOf(const ArenaCall& call, const LandingLayout& layout, int owner, int part) {
   return call.arenas->arena[owner] + kLandingHeaderBytes + call.slot * call.arenas->window_bytes +
          part * layout.part_bytes;
-}
-
-// The part of its own window that a rank pushes to `peer`; its own where the peer is itself.
-__device__ __forceinline__ int OutPart(const ArenaCall& call, const LandingLayout& layout, int peer) {
-  if (peer == call.rank || layout.num_parts == call.num_ranks) return call.rank;
-  return call.num_ranks + (peer < call.rank ? peer : peer - 1);
-}
-
-// u32[T]: the ranks that get each token of this rank (of a combine: whose tokens of that number have rows here).
-__device__ __forceinline__ uint32_t* TargetsOf(const ArenaCall& call, const LandingLayout& layout) {
-  return reinterpret_cast<uint32_t*>(PartOf(call, layout, call.rank, 0) + layout.targets_offset());
 }
 
 // Both begin at multiples of 16 bytes. From L2: other kernels and ranks write windows.
@@ -67,45 +54,49 @@ __device__ __forceinline__ void KeepBooks(const ArenaCall& call) {
   if (threadIdx.x / 32 == kHalfWarps - 1) Keep(call);
 }
 
-// The begin of a stage, by all threads of a block: the order to the push kernel, what is in flight, and the window's
+// The begin of a stage, by all threads of a block: what its push tells the peers, what is in flight, and the window's
 // reuse. False: nothing is to be staged.
-__device__ __forceinline__ bool BeginStage(const ArenaCall& call, uint64_t number, uint64_t* in_flight) {
+__device__ __forceinline__ bool BeginStage(const ArenaCall& call, int slot, uint64_t* in_flight) {
+  bool ready = call.takes_part;
+  if (ready && call.slot != slot) {  // host and device count alike, or rows would go where others lie
+    if (threadIdx.x == 0) Fail(call, kInFlight, call.rank, 0, 0, 0);
+    ready = false;
+  }
   if (blockIdx.x == 0 && threadIdx.x == 0) {
-    Order* const order = &LandingOf(call, call.rank)->orders[number % kLandingDepth];
-    StoreRelaxedSys(&order->epoch, call.epoch);
-    StoreRelaxedSys(&order->goes, call.takes_part);
-    StoreRelaxedSys(&order->dead, call.dead);
-    __threadfence();  // acquired with `number` by AwaitOrder
-    StoreRelaxedSys(&order->number, number);
+    LandingOf(call, call.rank)->told[slot] = ready ? call.epoch : 0;
     in_flight[0] = call.epoch, in_flight[1] = ~call.epoch;
   }
-  bool ready = call.takes_part;
   if (ready && threadIdx.x < 32) ready = AwaitReuse(call);
   return __syncthreads_and(ready);
 }
 
-// A chunk that all threads of this block have staged, for the push kernel, which acquires it in AwaitStaged.
-__device__ __forceinline__ void ReleaseChunk(const ArenaCall& call, int chunk) {
-  __syncthreads();
-  if (threadIdx.x != 0) return;
-  __threadfence();
-  StoreRelaxedSys(&LandingOf(call, call.rank)->staged[call.slot][chunk], call.epoch);
-}
-
-// Waits until `flag`, which `peer` stores, says this call. Each lane of the warp that calls it acquires what was stored
-// before. False: it will not come.
-__device__ __forceinline__ bool AwaitChunk(const ArenaCall& call, const uint64_t* flag, Phase phase, int peer,
-                                           int chunk) {
+// Waits for `source`'s push of a chunk's piece and acquires it. By a whole warp. False: it will not come.
+__device__ __forceinline__ bool AwaitArrived(const ArenaCall& call, const LandingLayout& layout, int source,
+                                             int chunk) {
+  const uint64_t* const flag = &LandingOf(call, call.rank)->arrived[call.slot][source][layout.PieceOf(chunk)];
   Patience patience;
   while (true) {
     const uint64_t seen = LoadAcquireSys(flag);
     if (__all_sync(~0u, seen == call.epoch)) return true;
-    if (!patience.WaitOn(call, phase, peer, chunk, call.Tag(kPosted), __shfl_sync(~0u, seen, 0))) return false;
+    if (!patience.WaitOn(call, kRows, source, chunk, call.Tag(kPosted), __shfl_sync(~0u, seen, 0))) return false;
   }
 }
 
-__device__ __forceinline__ bool AwaitArrived(const ArenaCall& call, int source, int chunk) {
-  return AwaitChunk(call, &LandingOf(call, call.rank)->arrived[call.slot][source][chunk], kRows, source, chunk);
+// By all threads of a block that have read what they need of the window: whether it was theirs to the end. The push of
+// a start that has failed, which the host does not know, may have come into a window that was not free; its rank had
+// said that it is gone before, so who has read such rows sees that now.
+__device__ __forceinline__ bool WasKept(const ArenaCall& call) {
+  bool kept = true;
+  __syncthreads();
+  if (threadIdx.x < 32) {
+    FenceSys();  // what has been read, before what is asked
+    const int lane = threadIdx.x;
+    const uint64_t gone = call.Reaches(lane) ? LoadRelaxedSys(&call.Own()->gone[lane]) : 0;
+    const bool has_gone = gone != 0 && GenerationOf(gone) == GenerationOf(call.epoch);
+    if (has_gone) Fail(call, kRows, lane, 0, call.Tag(kPosted), call.Tag(kGone));
+    kept = !__any_sync(~0u, has_gone);
+  }
+  return __syncthreads_and(kept);
 }
 
 // The end of a done, by all threads of every block: when all have read the window, the peers may fill it again. Their
@@ -136,12 +127,10 @@ inline void CutRows(const LandingLayout& layout, int64_t num_sources, int* num_g
   *group_bytes = RoundUpTo(DivideUp(layout.row_bytes, *num_groups), 512);
 }
 
-// For kernels beside which the push kernel must find room on any multiprocessor: its shared memory is not to be L1
-// cache.
-inline cudaError_t LoadWithRoomBeside(const void* kernel) {
+// So that a kernel's first launch allocates nothing.
+inline cudaError_t LoadKernel(const void* kernel) {
   cudaFuncAttributes attributes;
-  if (cudaError_t error = cudaFuncGetAttributes(&attributes, kernel); error != cudaSuccess) return error;
-  return cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared);
+  return cudaFuncGetAttributes(&attributes, kernel);
 }
 
 }  // namespace jax_ep

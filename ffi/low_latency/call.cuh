@@ -101,6 +101,12 @@ __device__ __forceinline__ ArenaCall BeginArenaCall(const LowLatencyParams& para
       failed = true;
     }
     if (refused && lane == 0 && call.of_this_generation && !none) Refuse(call);
+    // Calls of a rank run one after another, so a done that has not begun yet never will while this start waits for it.
+    if (params.half == Half::kStart && static_cast<uint32_t>(call.epoch) > static_cast<uint32_t>(call.arenas->depth) &&
+        LoadRelaxedSys(&own->finished[call.SlotOf(call.epoch)]) < call.epoch - call.arenas->depth) {
+      if (lane == 0 && !refused) Fail(call, kFull, call.rank, call.arenas->depth, 0, 0);
+      failed = true;
+    }
     failed |= call.of_this_generation && failed_epoch != 0 && GenerationOf(failed_epoch) == GenerationOf(call.epoch);
     failed = __any_sync(~0u, failed) && !none;
     call.generation_begin = GenerationOf(epoch) << kCountBits;

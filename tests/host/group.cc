@@ -69,8 +69,6 @@ cudaError_t cudaStreamIsCapturing(cudaStream_t stream, cudaStreamCaptureStatus* 
 }
 cudaError_t cudaStreamCreateWithFlags(cudaStream_t*, unsigned int) { return cudaSuccess; }
 cudaError_t cudaStreamDestroy(cudaStream_t) { return cudaSuccess; }
-cudaError_t cudaStreamCreateWithPriority(cudaStream_t*, unsigned int, int) { return cudaSuccess; }
-cudaError_t cudaDeviceGetStreamPriorityRange(int*, int*) { return cudaSuccess; }
 cudaError_t cudaFree(void* memory) { return std::free(memory), cudaSuccess; }
 cudaError_t cudaStreamSynchronize(cudaStream_t) { return cudaSuccess; }
 }
@@ -90,7 +88,6 @@ cudaError_t LoadLowLatencyDispatch() { return cudaSuccess; }
 cudaError_t LoadLowLatencyCombine() { return cudaSuccess; }
 cudaError_t LoadDispatchHalves() { return cudaSuccess; }
 cudaError_t LoadCombineHalves() { return cudaSuccess; }
-cudaError_t LoadPush() { return cudaSuccess; }
 cudaError_t LaunchBeginGeneration(const Ledgers& ledgers, uint64_t generation, uint32_t dead, cudaStream_t) {
   g_ledgers = ledgers.count;
   g_dead = dead;
@@ -367,6 +364,44 @@ void Masks() {
   EXPECT(refusal([] { Group::SetDead({}); }).empty());
 }
 
+// A start's window is the one that its kernel takes: host and device count the starts of a generation.
+void Forks() {
+  constexpr int64_t kSmall = 1 << 20, kLarge = 100 << 20;
+  Group& group = Group::OfDevices({10, 11});
+  std::vector<int> calls;
+  const auto stream = reinterpret_cast<cudaStream_t>(&calls);
+  const auto fork = [&](int64_t bytes) {
+    Fork fork{};
+    EXPECT(group.MakeFork(0, bytes, stream, &fork) == cudaSuccess);
+    return fork;
+  };
+  Fork none{};
+  EXPECT(group.MakeFork(0, kSmall, stream, &none) != cudaSuccess);  // no memory has been made
+  for (int64_t bytes : {kSmall, kLarge}) group.MakeSharedArena(Purpose::kHalves, Group::LandingArenaBytes(bytes));
+  EXPECT(group.landings(0, kSmall).depth == 4 && group.landings(0, kLarge).depth == 2);
+  // Four windows of 64 MB and two of 128 are not one arena.
+  EXPECT(Group::LandingArenaBytes(64 << 20) != Group::LandingArenaBytes(128 << 20));
+  const Fork first = fork(kSmall);
+  EXPECT(first.slot == 1 && first.peers == 2);
+  for (int slot : {2, 3, 0}) EXPECT(fork(kSmall).slot == slot);
+  // The fifth comes behind the push out of its window, which the first was, and behind no other.
+  auto& pushed = *reinterpret_cast<std::vector<int>*>(first.pushed);
+  pushed = {77};
+  const Fork fifth = fork(kSmall);
+  EXPECT(fifth.slot == 1 && fifth.pushed == first.pushed && calls == std::vector<int>{77});
+  for (int slot : {1, 0, 1}) EXPECT(fork(kLarge).slot == slot);
+  // A new generation counts anew. Nothing is pushed to masked ranks, nor by them.
+  Group::SetDead({11});
+  EXPECT(group.Enter(0, 9002, nullptr).empty());
+  for (int slot : {1, 2}) EXPECT(fork(kSmall).slot == slot);
+  EXPECT(fork(kLarge).slot == 1 && fork(kSmall).peers == 0);
+  Group::SetDead({10});
+  EXPECT(group.Enter(0, 9003, nullptr).empty() && fork(kSmall).peers == 0);
+  Group::SetDead({});
+  EXPECT(group.Enter(0, 9004, nullptr).empty() && fork(kSmall).peers == 2);
+  TakeBegun();
+}
+
 void Unknown() {
   EXPECT(Group::DeviceOf(0) == 10 && Group::DeviceOf(1) == 11);
   try {
@@ -389,6 +424,7 @@ int main() {
   Streams();
   SeveralProcesses();
   Masks();
+  Forks();
   Unknown();
   Group::SetTimeout(1.5);
   EXPECT(Group::OfDevices({11, 12, 10}).view(0)->timeout_ns == 1'500'000'000);

@@ -8,9 +8,10 @@
 //   halves bench                µs of a start, a done, both, and both with work between them: the hidden share
 //
 // nvcc -O3 -std=c++17 -Iffi -gencode arch=compute_90a,code=sm_90a -o halves tests/gpu/kernels/halves.cu
-//   ffi/halves/*.cu ffi/low_latency/*.cu ffi/dispatch/dispatch.cu ffi/combine/combine.cu ffi/group/barrier.cu
-//   ffi/group/group.cc
+//   ffi/halves/*.cu ffi/halves/push.cc ffi/low_latency/*.cu ffi/dispatch/dispatch.cu ffi/combine/*.cu
+//   ffi/group/barrier.cu ffi/group/group.cc
 #include <algorithm>
+#include <chrono>
 #include <functional>
 #include <utility>
 
@@ -97,23 +98,23 @@ class Exchange {
   HalvesConfig config;
 
   cudaError_t DispatchStart(int r, cudaStream_t stream, const Words& words) {
-    return Start(r, stream, words, dispatch_bytes_, [&](const HalfParams& half, cudaStream_t push) {
-      return LaunchDispatchStart(arrays_[r].dispatch, half, config, stream, push);
+    return Start(r, stream, words, dispatch_bytes_, [&](const HalfParams& half, const Fork& fork) {
+      return LaunchDispatchStart(arrays_[r].dispatch, half, fork, config, stream);
     });
   }
   cudaError_t CombineStart(int r, cudaStream_t stream, const Words& words, bool weighted) {
     CombineParams b = arrays_[r].combine;
     b.weights = weighted ? gates_device_[r] : nullptr;
-    return Start(r, stream, words, combine_bytes_, [&](const HalfParams& half, cudaStream_t push) {
-      return LaunchCombineStart(b, half, config, stream, push);
+    return Start(r, stream, words, combine_bytes_, [&](const HalfParams& half, const Fork& fork) {
+      return LaunchCombineStart(b, half, fork, config, stream);
     });
   }
   cudaError_t DispatchDone(int r, cudaStream_t stream, const Words& words) {
-    const HalfParams half{ranks_.group.landings(r, dispatch_bytes_), words[r], 0};
+    const HalfParams half{ranks_.group.landings(r, dispatch_bytes_), words[r]};
     return LaunchDispatchDone(arrays_[r].dispatch, half, config, stream);
   }
   cudaError_t CombineDone(int r, cudaStream_t stream, const Words& words) {
-    const HalfParams half{ranks_.group.landings(r, combine_bytes_), words[r], 0};
+    const HalfParams half{ranks_.group.landings(r, combine_bytes_), words[r]};
     return LaunchCombineDone(arrays_[r].combine, half, config, stream);
   }
   cudaError_t Work(int r, cudaStream_t stream, int rounds) {
@@ -219,7 +220,7 @@ class Exchange {
   cudaError_t Start(int r, cudaStream_t stream, const Words& words, int64_t bytes, Launch launch) {
     Fork fork{};
     if (cudaError_t error = ranks_.group.MakeFork(r, bytes, stream, &fork); error != cudaSuccess) return error;
-    return launch({ranks_.group.landings(r, bytes), words[r], fork.number}, fork.stream);
+    return launch({ranks_.group.landings(r, bytes), words[r]}, fork);
   }
   template <class F>
   bool AreZero(const char* what, int except, int64_t num_bytes, F array) {
@@ -253,11 +254,11 @@ bool CheckCase(Case c, bool masked_call = false) {
     std::printf("%-40s does not fit\n", c.name.c_str());
     return false;
   }
-  calls.config.num_sms = c.num_sms, calls.config.num_push_sms = std::max(1, c.num_sms / 3);
+  calls.config.num_sms = c.num_sms;
   const bool weighs = c.layout != Layout::kRank;
   const auto first = calls.NewWords(), second = calls.NewWords(), third = calls.NewWords();
   bool ok = true;
-  for (int repeat = 0; repeat < 4 && ok; ++repeat) {  // more often than there are windows
+  for (int repeat = 0; repeat < kDepth + 2 && ok; ++repeat) {  // more often than there are windows
     calls.Poison();
     calls.OnAll([&](int r, cudaStream_t s) { return calls.DispatchStart(r, s, first); });
     // One rank is late: the others' pushes wait for nothing of it, their dones do.
@@ -336,7 +337,7 @@ bool CheckMaskedLate(Case c) {
   Finish(c);
   const uint32_t dead = std::exchange(c.dead, 0);
   Exchange calls(c);
-  calls.config.num_sms = c.num_sms, calls.config.num_push_sms = std::max(1, c.num_sms / 3);
+  calls.config.num_sms = c.num_sms;
   const auto words = calls.NewWords();
   calls.OnAll([&](int r, cudaStream_t s) { return calls.DispatchStart(r, s, words); });
   calls.OnAll([&](int r, cudaStream_t s) { return calls.DispatchDone(r, s, words); });
@@ -472,12 +473,18 @@ int Timeout() {
   {
     Exchange calls(c);
     const auto words = calls.NewWords();
-    for (int i = 0; i < 3; ++i) {  // one more than there are windows
+    Group::SetTimeout(20);
+    for (int i = 0; i < kDepth; ++i) {
       calls.OnAll([&](int r, cudaStream_t s) { return calls.CombineStart(r, s, words, false); });
     }
-    const bool told = !calls.Wait();
-    std::printf("a start too many: told %d\n", told);
-    ok &= told && CheckCase(c);
+    ok &= calls.Wait();
+    const auto begin = std::chrono::steady_clock::now();
+    calls.OnAll([&](int r, cudaStream_t s) { return calls.CombineStart(r, s, words, false); });
+    const bool told = !calls.Wait() && calls.ranks().failure.find("began a start while") != std::string::npos;
+    const double seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count();
+    std::printf("a start too many: told %d, after %.2f s\n", told, seconds);
+    Group::SetTimeout(0.5);
+    ok &= told && seconds < 5 && CheckCase(c);
   }
   {
     Exchange calls(c);
@@ -542,8 +549,7 @@ int Measure() {
   std::printf(
       "%d GPUs, H 7168, top-8 of 256, µs; wire: rows at 350 GB/s; work: a kernel of its own between the halves\n",
       g_num_devices);
-  std::printf("%-14s %5s %4s | %8s %8s %8s %8s %8s | %7s\n", "case", "T", "push", "both", "done*", "work", "with",
-              "wire", "hidden");
+  std::printf("%-14s %5s | %8s %8s %8s %8s %8s | %7s\n", "case", "T", "both", "left", "work", "with", "wire", "hidden");
   for (int tokens : {4096, 1024, 128}) {
     for (const char* name : {"expert x1.25", "rank"}) {
       Case c{name, g_num_devices, tokens, 8, 256, Layout::kExpert, 1, 0, tokens * 10, bf16, 7168};
@@ -573,17 +579,14 @@ int Measure() {
             return error;
           });
         };
-        for (int push : {4, 8, 12, 16, 24}) {
-          calls.config.num_push_sms = push, calls.config.num_sms = 132 - push;
-          const double both = time(0, true);
-          const int rounds = std::max(1, static_cast<int>(2 * both / (time(100, false) / 100)));
-          const double work = time(rounds, false), with = time(rounds, true);
-          const double wire = calls.MostRowsSent() * double(c.row_bytes()) / 350e3;
-          // What start and done themselves take of the stream is what work cannot hide.
-          std::printf("%-14s %5d %4d | %8.1f %8.1f %8.1f %8.1f %8.1f | %7.2f  %s\n", name, tokens, push, both,
-                      with - work, work, with, wire, 1 - (with - work) / both, combines ? "combine" : "dispatch");
-          std::fflush(stdout);
-        }
+        const double both = time(0, true);
+        const int rounds = std::max(1, static_cast<int>(2 * both / (time(100, false) / 100)));
+        const double work = time(rounds, false), with = time(rounds, true);
+        const double wire = calls.MostRowsSent() * double(c.row_bytes()) / 350e3;
+        // What start and done themselves take of the stream is what work cannot hide.
+        std::printf("%-14s %5d | %8.1f %8.1f %8.1f %8.1f %8.1f | %7.2f  %s\n", name, tokens, both, with - work, work,
+                    with, wire, 1 - (with - work) / both, combines ? "combine" : "dispatch");
+        std::fflush(stdout);
       }
     }
   }

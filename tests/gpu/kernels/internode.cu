@@ -7,7 +7,8 @@
 //
 // nvcc -O3 -std=c++17 -Iffi -rdc=true -gencode arch=compute_90a,code=sm_90a -o internode tests/gpu/kernels/internode.cu
 //   ffi/internode/internode_{dispatch,combine,barrier}.cu ffi/internode/internode_group.cc ffi/dispatch/dispatch.cu
-//   ffi/combine/*.cu ffi/low_latency/*.cu ffi/halves/*.cu ffi/group/barrier.cu ffi/group/group.cc
+//   ffi/combine/*.cu ffi/low_latency/*.cu ffi/halves/*.cu
+//   ffi/halves/push.cc ffi/group/barrier.cu ffi/group/group.cc
 #include <algorithm>
 #include <cstdio>
 #include <cstdlib>
