@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental.compute_on import compute_on
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -217,6 +218,52 @@ def test_work_stays_between_the_halves_on_their_stream(mesh, mode):
     entry = text[text.index("ENTRY") :]
     start, done = entry.index('dispatch_start"'), entry.index('dispatch_done"')
     assert re.search(r"gemm|dot", entry[start:done]) and "async" not in entry
+
+
+def beside_the_main_stream(mesh, layout="expert", wire=None, mode="high_throughput", halves=False):
+    """A dispatch and a combine on a stream of their own. What stands there besides must be free of jits: jax.nn.silu is one."""
+
+    def exchange(x, idx, weights):
+        static = {"axis_name": "expert", "num_experts": E, "layout": layout, "wire": wire, "mode": mode}
+        if halves:
+            recv, handle = jax_ep.dispatch_done(jax_ep.dispatch_start(x, idx, weights, **static))
+        else:
+            recv, handle = jax_ep.dispatch(x, idx, weights, **static)
+        y = jax_ep.dispatch_cached(x, handle) - (recv.x if wire is None else jax_ep.dequantize(recv.x))
+        gates = None if layout == "rank" else recv.weights
+        return (
+            jax_ep.combine_done(jax_ep.combine_start(y, handle, gates)) if halves else jax_ep.combine(y, handle, gates)
+        )
+
+    def f(x, routers, scales):
+        beside = compute_on(exchange, compute_type="gpu_stream:1", out_memory_spaces=jax.memory.Space.Device)
+        weights, idx = jax.lax.top_k((x @ routers[0]).astype(jnp.float32), K)
+        return beside(x, idx, weights) + x @ scales[0]
+
+    return jax.shard_map(f, mesh=mesh, in_specs=(P("expert"), P(), P()), out_specs=P("expert"))
+
+
+@pytest.mark.parametrize(
+    "kwargs",
+    [
+        {"layout": "expert"},
+        {"layout": "rank"},
+        {"layout": "batched"},
+        {"mode": "low_latency"},
+        {"wire": "fp8"},
+        {"halves": True},
+        {"halves": True, "mode": "low_latency", "wire": "fp8"},
+    ],
+    ids=lambda kwargs: "-".join(map(str, kwargs.values())),
+)
+def test_calls_compile_on_a_stream_beside_the_main_one(mesh, kwargs):
+    """XLA refuses an asynchronous call in an asynchronous call, as which a nested jit of ours came out (jnp.where)."""
+    f = beside_the_main_stream(mesh, **kwargs)
+    text = compile_for_gpus(mesh, f, NO_GRAPHS).as_text()
+    entry = text[text.index("ENTRY") :]
+    assert "jax_ep_" in text[: text.index("ENTRY")] and 'custom_call_target="jax_ep_' not in entry
+    assert len(re.findall(r" call-start\(", entry)) == 1
+    compile_for_gpus(mesh, gradient(f), NO_GRAPHS)
 
 
 def test_halves_of_high_throughput_are_asked_for_by_name(mesh):

@@ -9,7 +9,7 @@ from __future__ import annotations
 import jax
 from jax.ad_checkpoint import checkpoint_name
 
-from jax_ep._src import check
+from jax_ep._src import check, compat
 from jax_ep._src.handle import CombineInFlight, Handle
 from jax_ep._src.primitives import (
     align,
@@ -22,6 +22,7 @@ from jax_ep._src.primitives import (
 )
 
 
+@compat.on_the_callers_stream
 def combine(y: jax.Array, handle: Handle, weights: jax.Array | None = None, *, wire: str | None = None) -> jax.Array:
     """Sums each token's rows where the token came from: out[t] = sum over k of weights[row(t, k)] * y[row(t, k)].
 
@@ -61,6 +62,7 @@ def combine(y: jax.Array, handle: Handle, weights: jax.Array | None = None, *, w
     return _shape_tokens(out, handle)
 
 
+@compat.on_the_callers_stream
 def combine_start(
     y: jax.Array, handle: Handle, weights: jax.Array | None = None, *, wire: str | None = None
 ) -> CombineInFlight:
@@ -85,6 +87,7 @@ def combine_start(
     return CombineInFlight(sums, handle, wire)
 
 
+@compat.on_the_callers_stream
 def combine_done(pending: CombineInFlight) -> jax.Array:
     """Second half of `combine`: waits for the sums of all ranks and adds them.
 

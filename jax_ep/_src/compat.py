@@ -6,7 +6,8 @@ extension points (jax.extend.core, jax.interpreters) are re-exported too: they b
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import functools
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
@@ -34,6 +35,7 @@ __all__ = [
     "lowers_for_export",
     "mlir",
     "named_axis_effects",
+    "on_the_callers_stream",
     "pe",
     "result_aval",
     "varying_axes",
@@ -108,6 +110,27 @@ def zero_tangent(primal: Any) -> Any:
 def give_names_a_transpose() -> None:
     """`checkpoint_name` is the identity, but JAX gives it no transpose: `linear_transpose` through a name would fail."""
     ad.primitive_transposes.setdefault(_ad_checkpoint.name_p, lambda ct, x, *, name: [ct])
+
+
+def on_the_callers_stream[**P, T](f: Callable[P, T]) -> Callable[P, T]:
+    """`f`, inside `compute_on(compute_type="gpu_stream:...")` too: it then runs on the stream of the call around it.
+
+    JAX marks every equation traced there, not only the one call that XLA puts on a stream. A nested jit (jnp.where is one)
+    then becomes an asynchronous call inside an asynchronous call, which XLA:GPU refuses; unmarked it is inlined.
+    """
+
+    @functools.wraps(f)
+    def unmarked(*args: P.args, **kwargs: P.kwargs) -> T:
+        compute_type = _config.compute_on_context_manager
+        if not str(compute_type.value).startswith("gpu_stream:"):
+            return f(*args, **kwargs)
+        around = compute_type.swap_local(None)
+        try:
+            return f(*args, **kwargs)
+        finally:
+            compute_type.set_local(around)
+
+    return unmarked
 
 
 def distributed_client() -> Any | None:

@@ -32,6 +32,7 @@ from jax_ep._src.quantized import Quantized
 # ---- public functions ------------------------------------------------------------------------------------------------
 
 
+@compat.on_the_callers_stream
 def dispatch(
     x: jax.Array | Quantized,
     topk_idx: jax.Array,
@@ -106,6 +107,7 @@ def dispatch(
     return _dispatched(rows, weights, recv_topk_idx, call.num_invalid, handle), handle
 
 
+@compat.on_the_callers_stream
 def dispatch_cached(x: jax.Array | Quantized, handle: Handle) -> jax.Array | Quantized:
     """Sends rows along the routing of an earlier dispatch: no counts are exchanged, nothing is computed anew.
 
@@ -136,6 +138,7 @@ def dispatch_cached(x: jax.Array | Quantized, handle: Handle) -> jax.Array | Qua
     return _shape_rows(_quantized_rows(moved_rows, carrier, x.format), routing)
 
 
+@compat.on_the_callers_stream
 def dispatch_start(
     x: jax.Array | Quantized,
     topk_idx: jax.Array,
@@ -178,6 +181,7 @@ def dispatch_start(
     return DispatchInFlight(moved, carrier, weights, recv_topk_idx, call.num_invalid, handle, out_format)
 
 
+@compat.on_the_callers_stream
 def dispatch_done(pending: DispatchInFlight) -> tuple[Dispatched, Handle]:
     """Second half of `dispatch`: waits for the rows and hands them out.
 

@@ -15,6 +15,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
+from jax_ep._src import compat
+
 
 class Format(NamedTuple):
     """What a format stores: a value for each column, a scale for each `group` columns."""
@@ -69,6 +71,7 @@ class Quantized:
     format: str = "custom"
 
 
+@compat.on_the_callers_stream
 def quantize(x: Array, format: str) -> Quantized:
     """Quantizes each group of columns of each row by its largest magnitude.
 
@@ -95,6 +98,7 @@ def quantize(x: Array, format: str) -> Quantized:
     return Quantized(values, scales, carrier=_carrier(x), format=format)
 
 
+@compat.on_the_callers_stream
 def dequantize(q: Quantized, dtype: Any = None) -> Array:
     """values * scales, rounded to f32 and then to `dtype`, where it saturates: what was finite stays finite.
 
