@@ -1,13 +1,9 @@
-// The combine kernels and their launcher: see combine.h for the contract, docs/protocol.md for the order of events.
-//
-//   warps         role        waits for                      signals
-//   all but last  worker      peers' progress (sums only)    shared.next, its place in the block's list of items
-//   last          publisher   shared.next of all workers     progress in every rank's window; then leaves
+// combine by streams of pieces, and the launcher of both ways: see combine.h for the contract, frame.cuh for the warps'
+// roles, docs/protocol.md for the order of events. combine_rows.cu has the other way.
 //
 // items.cuh has the list of items, sum.cuh the adding.
-#include <algorithm>
-
 #include "combine/combine_rows.h"
+#include "combine/frame.cuh"
 #include "combine/items.cuh"
 #include "combine/sum.cuh"
 #include "device/wait.cuh"
@@ -15,16 +11,12 @@
 namespace jax_ep {
 namespace {
 
-constexpr int kThreads = 32 * (kWorkers + 1);
 constexpr int kWide = 4;  // vectors that a lane has of a piece; one where rows are shorter than such a piece
 
-enum Address { kY, kScratch, kCarried, kNumCombineAddresses };
-
 template <int V>
-struct CombineShared {
+struct StreamShared {
   SumShared<V> worker[kWorkers];
-  uint64_t address[kMaxRanks][kNumCombineAddresses];
-  uint32_t next[kWorkers];
+  CombineShared frame;
 };
 
 // One worker's way through its items.
@@ -35,25 +27,26 @@ struct Worker {
   const CombineParams& p;
   const Call& call;
   const Steps& steps;
-  CombineShared<V>& shared;
-  const int warp, lane, row_bytes;
+  CombineShared& shared;
+  SumShared<V>& memory;  // of this worker
+  const int lane, row_bytes;
   ItemList items;
   uint32_t index;  // of `item`, which is being loaded or comes next
   Item item, next, later;
   bool came = true;
   uint32_t seen = 0;  // steps that rank `lane` has pushed to here
 
-  __device__ __forceinline__ Worker(const CombineParams& p, const Call& call, const Steps& steps,
-                                    CombineShared<V>& shared)
+  __device__ __forceinline__ Worker(const CombineParams& p, const Call& call, const Steps& steps, CombineShared& shared,
+                                    SumShared<V>& memory)
       : p(p),
         call(call),
         steps(steps),
         shared(shared),
-        warp(threadIdx.x / 32),
+        memory(memory),
         lane(threadIdx.x % 32),
         row_bytes(static_cast<int>(p.row_bytes)),
-        items(p, call, steps, warp),
-        index(warp) {
+        items(p, call, steps, threadIdx.x / 32),
+        index(threadIdx.x / 32) {
     item = items.Next();
     LoadWeight(item);
     next = items.Next();
@@ -81,30 +74,24 @@ struct Worker {
     later = items.Next();
   }
 
-  // All items of this worker before item `index` are done.
-  __device__ __forceinline__ void Tell(uint32_t index) {
-    __syncwarp();
-    if (lane == 0) StoreReleaseShared(&shared.next[warp], index);
-  }
-
   __device__ __forceinline__ void Run() {
     const uint32_t num_items = steps.num_items();
     while (true) {
       Stream(num_items);
       if (index >= num_items) break;
-      Tell(index);  // before waiting for peers, which may be waiting for these pushes
+      TellPublisher(shared, index);  // before waiting for peers, which may be waiting for these pushes
       Await();
     }
-    Tell(~0u);
+    TellPublisher(shared, kNoItem);
   }
 
   // Adds items until there are none left or the next must wait for peers.
   __device__ __forceinline__ void Stream(uint32_t num_items) {
-    Pipe pipe(shared.worker[warp], row_bytes);
+    Pipe pipe(memory, row_bytes);
     bool taken = false;  // item `index`
     while (true) {
       // Small items may end while several are under way; what can be told is that none before `index` is.
-      if (pipe.Conclude() && pipe.NumPending() <= (taken ? 1 : 0)) Tell(index);
+      if (pipe.Conclude() && pipe.NumPending() <= (taken ? 1 : 0)) TellPublisher(shared, index);
       while (pipe.left <= 0) {
         if (taken) Advance();
         taken = index < num_items && IsReady();
@@ -168,13 +155,13 @@ struct Worker {
       const int row = item.choice - owner * p.max_recv_tokens;
       if (item.group == 0 && p.carried_back != nullptr && lane < p.num_topk) CarryBack(token, owner, row);
       target = p.out + static_cast<int64_t>(token) * row_bytes;
-      count = row_bytes == 0 ? 0 : p.one_row_a_rank ? PutRowsOfRanks(owner, row) : PutSumsOfRanks(owner, token);
+      count = row_bytes > 0 ? PutSumsOfRanks(owner, token) : 0;
       if (count == 0) {  // a token without rows sums to zero
         for (int offset = begin + lane * 16; offset < end; offset += 512)
           *reinterpret_cast<int4*>(target + offset) = {};
       }
     }
-    if (count > 0) pipe.Begin(shared.worker[warp], count, target, begin, end);
+    if (count > 0) pipe.Begin(memory, count, target, begin, end);
   }
 
   // Each of these puts terms of the item into their place and returns how many.
@@ -188,19 +175,7 @@ struct Worker {
     return count;
   }
 
-  // Layout "rank": each rank has one row of the token, named by all choices there.
-  __device__ __forceinline__ int PutRowsOfRanks(int owner, int row) {
-    const uint32_t holders = __reduce_or_sync(~0u, owner >= 0 ? 1u << owner : 0u);
-    const uint32_t same = __match_any_sync(~0u, owner);
-    if (owner >= 0 && (same & ((1u << lane) - 1)) == 0) {
-      const auto* y = reinterpret_cast<const char*>(shared.address[owner][kY]);
-      PutTerm(__popc(holders & ((1u << owner) - 1)), y + static_cast<int64_t>(row) * row_bytes,
-              kOfRank | (holders >> owner == 1 ? kStore : 0));
-    }
-    return __popc(holders);
-  }
-
-  // The other layouts: the rows here, whose sum is this rank's, and the sums that peers have pushed.
+  // The rows here, whose sum is this rank's, and the sums that peers have pushed.
   __device__ __forceinline__ int PutSumsOfRanks(int owner, int token) {
     const uint32_t holders = __reduce_or_sync(~0u, owner >= 0 ? 1u << owner : 0u);
     const uint32_t peers = holders & ~(1u << call.rank), before = peers & ((1u << call.rank) - 1);
@@ -218,82 +193,23 @@ struct Worker {
   }
 
   __device__ __forceinline__ void PutTerm(int at, const char* row, uint32_t then) {
-    shared.worker[warp].terms[at] = {row, item.weight, then};
+    memory.terms[at] = {row, item.weight, then};
   }
 
   __device__ __forceinline__ void CarryBack(int token, int owner, int row) {
-    const int64_t place = p.one_row_a_rank ? static_cast<int64_t>(row) * p.num_topk + lane : row;
     p.carried_back[token * p.num_topk + lane] =
-        owner >= 0 ? __ldcg(reinterpret_cast<const float*>(shared.address[owner][kCarried]) + place) : 0.f;
+        owner >= 0 ? __ldcg(reinterpret_cast<const float*>(shared.address[owner][kCarried]) + row) : 0.f;
   }
 };
-
-// Carries the workers' progress into the windows of all ranks, then leaves the lane.
-template <int V>
-__device__ void PublishSteps(const Call& call, const Steps& steps, CombineShared<V>& shared, bool met) {
-  const int lane = threadIdx.x % 32;
-  uint32_t published = 0;
-  const auto tell = [&](uint32_t state) {
-    FenceSys();  // what the workers stored before counting is before the flag
-    if (call.Reaches(lane)) StoreRelaxedSys(&call.Peer(lane)->progress[call.rank][blockIdx.x], call.Tag(state));
-  };
-  while (met) {
-    const uint32_t next = __reduce_min_sync(~0u, lane < kWorkers ? LoadAcquireShared(&shared.next[lane]) : ~0u);
-    if (next == ~0u) break;
-    // All items before `next` are done; the sums of a step come last and need not be.
-    const uint32_t pushed =
-        min((next + steps.num_groups) / steps.items_per_step, static_cast<uint32_t>(steps.num_steps));
-    if (steps.num_pushes == 0 || pushed == published) {
-      __nanosleep(100);
-      continue;
-    }
-    tell(pushed);
-    published = pushed;
-  }
-  tell(met ? kDone : kGone);
-  Leave(call, blockIdx.x, blockIdx.x);
-}
 
 template <class T, bool kWeighted, int V>
 __global__ void __launch_bounds__(kThreads, 1) CombineKernel(const __grid_constant__ CombineParams p) {
   extern __shared__ __align__(16) char dynamic[];
-  auto& shared = *reinterpret_cast<CombineShared<V>*>(dynamic);
+  auto& shared = *reinterpret_cast<StreamShared<V>*>(dynamic);
   const Call call = BeginCall(p.group, kCombine);
-  const Steps steps(p, call.num_ranks, SumPipe<T, kWeighted, V>::kPieceBytes);
-  if (threadIdx.x < kWorkers) shared.next[threadIdx.x] = threadIdx.x;
-  if (p.refused && threadIdx.x == 0) Refuse(call);
-  bool met = __syncthreads_and(!p.refused && !HasFailed(call) && !call.IsDead(call.rank));
-  if (met && call.Reaches(threadIdx.x)) {
-    Mail* mail = &call.Peer(threadIdx.x)->mail[call.parity][call.rank][blockIdx.x];
-    mail->address[kY] = reinterpret_cast<uint64_t>(p.y);
-    mail->address[kScratch] = reinterpret_cast<uint64_t>(p.scratch);
-    mail->address[kCarried] = reinterpret_cast<uint64_t>(p.carried);
-  }
-  if (met && threadIdx.x < 32) {
-    __syncwarp();
-    Post(call, blockIdx.x);
-    const int peer = threadIdx.x;
-    if (call.Reaches(peer)) {
-      met = Await(call, &call.window->post[call.parity][peer][blockIdx.x], kPosted, kMeet, peer, blockIdx.x);
-      const Mail& mail = call.window->mail[call.parity][peer][blockIdx.x];
-      for (int i = 0; i <= kCarried; ++i) shared.address[peer][i] = Translate(call, peer, mail.address[i]);
-    }
-  }
-  met = __syncthreads_and(met);
-  if (threadIdx.x / 32 < kWorkers) {
-    if (met) Worker<T, kWeighted, V>(p, call, steps, shared).Run();
-  } else {
-    PublishSteps(call, steps, shared, met);
-  }
-  if (IsLastBlock(call)) {
-    if (HasFailed(call) || call.IsDead(call.rank)) {
-      const int64_t num_words = p.num_tokens * (p.row_bytes / 16);
-      for (int64_t i = threadIdx.x; i < num_words; i += kThreads) reinterpret_cast<int4*>(p.out)[i] = int4{};
-      const int64_t num_choices = p.carried_back != nullptr ? static_cast<int64_t>(p.num_tokens) * p.num_topk : 0;
-      for (int64_t i = threadIdx.x; i < num_choices; i += kThreads) p.carried_back[i] = 0.f;
-    }
-    EndCall(call);
-  }
+  const Steps steps = StreamSteps(p, call.num_ranks, SumPipe<T, kWeighted, V>::kPieceBytes);
+  RunCombine(p, call, steps, shared.frame,
+             [&] { Worker<T, kWeighted, V>(p, call, steps, shared.frame, shared.worker[threadIdx.x / 32]).Run(); });
 }
 
 struct Launch {
@@ -303,8 +219,8 @@ struct Launch {
 
 template <class T, bool kWeighted>
 Launch LaunchFor(bool wide) {
-  if (wide) return {CombineKernel<T, kWeighted, kWide>, sizeof(CombineShared<kWide>)};
-  return {CombineKernel<T, kWeighted, 1>, sizeof(CombineShared<1>)};
+  if (wide) return {CombineKernel<T, kWeighted, kWide>, sizeof(StreamShared<kWide>)};
+  return {CombineKernel<T, kWeighted, 1>, sizeof(StreamShared<1>)};
 }
 
 template <class T>
@@ -349,9 +265,8 @@ cudaError_t LaunchCombine(const CombineParams& params, const CombineConfig& conf
   if (params.one_row_a_rank || params.num_tokens < config.stream_from_tokens) {
     return LaunchCombineRows(params, config, stream);
   }
-  const int num_blocks = std::max(1, std::min(config.num_sms, kMaxLanes));
   const Launch launch = LaunchFor(params.dtype, params.weights != nullptr, params.row_bytes >= 512 * kWide);
-  launch.kernel<<<num_blocks, kThreads, launch.shared_bytes, stream>>>(params);
+  launch.kernel<<<NumLanes(config), kThreads, launch.shared_bytes, stream>>>(params);
   return cudaGetLastError();
 }
 

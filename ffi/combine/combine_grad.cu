@@ -11,10 +11,11 @@
 // Inner products are sums in a fixed order, the same in reference.py. A row is split into chunks of a piece, filled up
 // with zeros; a chunk into 4 vectors of 16 bytes for each of 32 lanes. A lane adds the products of its four vectors,
 // element by element; then the elements, by halves; then chunk after chunk; at last the lanes are added, by halves.
-#include <algorithm>
 #include <cstddef>
 
+#include "combine/clear.cuh"
 #include "combine/combine_grad.h"
+#include "combine/lane.cuh"
 #include "combine/vector.cuh"
 #include "device/wait.cuh"
 #include "device/warp.cuh"
@@ -51,7 +52,7 @@ struct GradShared {
     GradPiece pieces[kGradStages];
     float dot[kGradTopk + 1][32];  // each lane's part so far
   } worker[kGradWorkers];
-  uint64_t out_bar[kMaxRanks];
+  uint64_t address[kMaxRanks][1];  // of out_bar
 };
 
 // ---- zero rows
@@ -134,8 +135,7 @@ struct GradWorker {
         worker(threadIdx.x / 32),
         lane(threadIdx.x % 32),
         row_bytes(static_cast<int>(p.row_bytes)),
-        num_steps((p.num_tokens - static_cast<int>(blockIdx.x) + static_cast<int>(gridDim.x) - 1) /
-                  static_cast<int>(gridDim.x)),
+        num_steps(NumTokensOfLane(p.num_tokens)),
         shared(__shfl_sync(~0u, SharedAddress(&memory.worker[worker]), 0)),
         step(worker / call.num_ranks),
         part(worker % call.num_ranks) {
@@ -196,7 +196,7 @@ struct GradWorker {
                                                       item.weight};
     }
     if (lane == 0) {
-      const auto* theirs = reinterpret_cast<const char*>(memory.out_bar[item.source]);
+      const auto* theirs = reinterpret_cast<const char*>(memory.address[item.source][0]);
       terms[0] = {theirs + static_cast<int64_t>(item.token) * row_bytes, -1, 0.f};
     }
     count = 1 + __popc(rows);
@@ -296,39 +296,18 @@ __global__ void __launch_bounds__(kGradThreads, 1) CombineGradKernel(const __gri
   extern __shared__ __align__(16) char dynamic[];
   auto& shared = *reinterpret_cast<GradShared*>(dynamic);
   const Call call = BeginCall(p.group, kCombineGrad);
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  if (p.refused && threadIdx.x == 0) Refuse(call);
-  bool met = __syncthreads_and(!p.refused && !HasFailed(call) && !call.IsDead(call.rank));
-  if (met && warp == 0) {
-    if (call.Reaches(lane)) {
-      call.Peer(lane)->mail[call.parity][call.rank][blockIdx.x].address[0] = reinterpret_cast<uint64_t>(p.out_bar);
-    }
-    __syncwarp();
-    Post(call, blockIdx.x);
-  }
+  const int warp = threadIdx.x / 32;
+  bool met = TakesPart(call, p.refused);
+  if (met && warp == 0) PostAddresses(call, {p.out_bar});
   if (met) ClearRows(p, static_cast<int>(blockIdx.x) * kGradWorkers + warp);
-  if (met && warp == 0 && call.Reaches(lane)) {
-    met = Await(call, &call.window->post[call.parity][lane][blockIdx.x], kPosted, kMeet, lane, blockIdx.x);
-    shared.out_bar[lane] = Translate(call, lane, call.window->mail[call.parity][lane][blockIdx.x].address[0]);
-  }
+  if (met && warp == 0) met = MeetPeers(call, shared.address);
   met = __syncthreads_and(met);
   if (met) GradWorker<T>(p, call, shared).Run();
   __syncthreads();
-  if (warp == 0) {
-    FenceSys();  // all that this block has read is before the flag
-    if (call.Reaches(lane)) {
-      StoreRelaxedSys(&call.Peer(lane)->progress[call.rank][blockIdx.x], call.Tag(met ? kDone : kGone));
-    }
-    Leave(call, blockIdx.x, blockIdx.x);
-  }
-  if (IsLastBlock(call)) {
-    if (HasFailed(call) || call.IsDead(call.rank)) {
-      const int64_t num_words = p.max_recv_tokens * (p.row_bytes / 16);
-      for (int64_t i = threadIdx.x; i < num_words; i += kGradThreads) reinterpret_cast<int4*>(p.y_bar)[i] = int4{};
-      for (int i = threadIdx.x; i < p.max_recv_tokens; i += kGradThreads) p.weights_bar[i] = 0.f;
-    }
-    EndCall(call);
-  }
+  if (warp == 0) LeaveLane(call, met);
+  EndLane(call, [&] {
+    ClearArrays(p.y_bar, p.max_recv_tokens, p.row_bytes, p.weights_bar, p.max_recv_tokens, threadIdx.x, kGradThreads);
+  });
 }
 
 using GradKernel = void (*)(CombineGradParams);
@@ -361,8 +340,7 @@ cudaError_t LoadCombineGrad() {
 }
 
 cudaError_t LaunchCombineGrad(const CombineGradParams& params, const CombineConfig& config, cudaStream_t stream) {
-  const int num_blocks = std::max(1, std::min(config.num_sms, kMaxLanes));
-  GradKernelFor(params.dtype)<<<num_blocks, kGradThreads, sizeof(GradShared), stream>>>(params);
+  GradKernelFor(params.dtype)<<<NumLanes(config), kGradThreads, sizeof(GradShared), stream>>>(params);
   return cudaGetLastError();
 }
 

@@ -1,31 +1,16 @@
 // combine by whole rows: the way of layout "rank", whose rows are sums already, and of few tokens. combine.cu has the
-// other way and chooses; both have the same protocol with the peers and the same sums. docs/protocol.md draws it.
+// other way and chooses; both have the same protocol with the peers, and the same sums. frame.cuh has the warps' roles,
+// docs/protocol.md the order of events.
 //
-//   warps         role        waits for                      signals
-//   all but last  worker      peers' progress (sums only)    shared.next, its place in the block's list of items
-//   last          publisher   shared.next of all workers     progress in every rank's window; then leaves
-//
-// Block b has the tokens b, b + B, ... of every rank, one a step. A step is a list of items, a row or a part of it
-// each: first the sums to push to the peers, then the sum of this rank's own token of `lag` steps before, for which the
-// peers have pushed meanwhile.
-#include <algorithm>
-
+// An item is a row or a part of it. A rank's own sum of an own token is an item apart, among the pushes: it waits in
+// the result itself.
 #include "combine/combine_rows.h"
+#include "combine/frame.cuh"
 #include "combine/row_sum.cuh"
 #include "device/wait.cuh"
-#include "device/warp.cuh"
 
 namespace jax_ep {
 namespace {
-
-constexpr int kWorkers = 15, kThreads = 32 * (kWorkers + 1), kLag = 2;
-
-enum Address { kY, kScratch, kCarried };
-
-struct CombineShared {
-  uint64_t address[kMaxRanks][kNumAddresses];
-  uint32_t next[kWorkers];
-};
 
 // Which row the token has on `rank`: that of the first choice whose owner it is, or -1. Lane k holds choice k's owner
 // and row.
@@ -38,28 +23,18 @@ __device__ __forceinline__ int FirstRowOn(int rank, int owner, int row, int num_
   return found;
 }
 
-// The list of items of a block: num_steps + lag steps of items_per_step items.
-struct Steps {
-  int num_steps, num_groups, items_per_step, num_pushes, lag;
-  int64_t group_bytes;
-
-  __device__ Steps(const CombineParams& p, int num_ranks) {
-    constexpr int kLeast = 2048;
-    const int num_blocks = gridDim.x, block = blockIdx.x;
-    num_steps = (p.num_tokens - block + num_blocks - 1) / num_blocks;
-    // Whole rows, unless there are too few of them to keep the workers busy.
-    const int64_t most = max((p.row_bytes + kLeast - 1) / kLeast, int64_t{1}), num_rows = max(num_steps, 1) * num_ranks;
-    num_groups = static_cast<int>(min((4 * kWorkers + num_rows - 1) / num_rows, most));
-    group_bytes = ((p.row_bytes + num_groups - 1) / num_groups + 511) / 512 * 512;
-    num_pushes = p.one_row_a_rank || num_ranks == 1 ? 0 : num_ranks * num_groups;
-    items_per_step = num_pushes + num_groups;
-    // A few times what the workers are busy with: ranks do not run in step, and a worker that waits pushes nothing.
-    lag = num_pushes > 0 ? kLag * kWorkers / items_per_step + 4 : 0;
-  }
-  __device__ uint32_t num_items() const {
-    return num_steps > 0 ? static_cast<uint32_t>(num_steps + lag) * items_per_step : 0;
-  }
-};
+// Pushes are to all ranks, this one too; there are none in layout "rank" and for one rank alone, which sum rows where
+// they are. Groups are multiples of 512 bytes.
+__device__ __forceinline__ Steps RowSteps(const CombineParams& p, int num_ranks) {
+  constexpr int kLeast = 2048;
+  const int num_steps = NumTokensOfLane(p.num_tokens);
+  // Whole rows, unless there are too few of them to keep the workers busy.
+  const int64_t most = max((p.row_bytes + kLeast - 1) / kLeast, int64_t{1}), num_rows = max(num_steps, 1) * num_ranks;
+  const int num_groups = static_cast<int>(min((4 * kWorkers + num_rows - 1) / num_rows, most));
+  const int64_t group_bytes = ((p.row_bytes + num_groups - 1) / num_groups + 511) / 512 * 512;
+  const bool pushes = !p.one_row_a_rank && num_ranks > 1;
+  return {num_steps, num_groups, static_cast<int>(group_bytes), pushes ? num_ranks * num_groups : 0};
+}
 
 // What an item is, and this lane's choice of its token (recv_slot of a source's token to push, slot of an own token to
 // sum) and the weight of the row that it names.
@@ -168,77 +143,17 @@ __device__ void Work(const CombineParams& p, const Call& call, const Steps& step
     if (target != nullptr && (rows.holders != 0 || !item.push)) {
       SumOrClear<T, kWeighted>(rows, begin, target, is_total);
     }
-    __syncwarp();
-    if (lane == 0) StoreReleaseShared(&shared.next[warp], index + kWorkers);
+    TellPublisher(shared, index + kWorkers);
   }
-  __syncwarp();
-  if (lane == 0) StoreReleaseShared(&shared.next[warp], ~0u);
-}
-
-// Carries the workers' progress into the windows of all ranks, then leaves the lane.
-__device__ void PublishSteps(const Call& call, const Steps& steps, CombineShared& shared, bool met) {
-  const int lane = threadIdx.x % 32;
-  uint32_t published = 0;
-  const auto tell = [&](uint32_t state) {
-    FenceSys();  // what the workers stored before counting is before the flag
-    if (call.Reaches(lane)) StoreRelaxedSys(&call.Peer(lane)->progress[call.rank][blockIdx.x], call.Tag(state));
-  };
-  while (met) {
-    const uint32_t next = __reduce_min_sync(~0u, lane < kWorkers ? LoadAcquireShared(&shared.next[lane]) : ~0u);
-    if (next == ~0u) break;
-    // All items before `next` are done; the sums of a step come last and need not be.
-    const uint32_t pushed =
-        min((next + steps.num_groups) / steps.items_per_step, static_cast<uint32_t>(steps.num_steps));
-    if (steps.num_pushes == 0 || pushed == published) {
-      __nanosleep(100);
-      continue;
-    }
-    tell(pushed);
-    published = pushed;
-  }
-  tell(met ? kDone : kGone);
-  Leave(call, blockIdx.x, blockIdx.x);
+  TellPublisher(shared, kNoItem);
 }
 
 template <class T, bool kWeighted>
 __global__ void __launch_bounds__(kThreads, 1) CombineRowsKernel(const __grid_constant__ CombineParams p) {
   __shared__ CombineShared shared;
   const Call call = BeginCall(p.group, kCombine);
-  const Steps steps(p, call.num_ranks);
-  if (threadIdx.x < kWorkers) shared.next[threadIdx.x] = threadIdx.x;
-  if (p.refused && threadIdx.x == 0) Refuse(call);
-  bool met = __syncthreads_and(!p.refused && !HasFailed(call) && !call.IsDead(call.rank));
-  if (met && call.Reaches(threadIdx.x)) {
-    Mail* mail = &call.Peer(threadIdx.x)->mail[call.parity][call.rank][blockIdx.x];
-    mail->address[kY] = reinterpret_cast<uint64_t>(p.y);
-    mail->address[kScratch] = reinterpret_cast<uint64_t>(p.scratch);
-    mail->address[kCarried] = reinterpret_cast<uint64_t>(p.carried);
-  }
-  if (met && threadIdx.x < 32) {
-    __syncwarp();
-    Post(call, blockIdx.x);
-    const int peer = threadIdx.x;
-    if (call.Reaches(peer)) {
-      met = Await(call, &call.window->post[call.parity][peer][blockIdx.x], kPosted, kMeet, peer, blockIdx.x);
-      const Mail& mail = call.window->mail[call.parity][peer][blockIdx.x];
-      for (int i = 0; i <= kCarried; ++i) shared.address[peer][i] = Translate(call, peer, mail.address[i]);
-    }
-  }
-  met = __syncthreads_and(met);
-  if (threadIdx.x / 32 < kWorkers) {
-    if (met) Work<T, kWeighted>(p, call, steps, shared);
-  } else {
-    PublishSteps(call, steps, shared, met);
-  }
-  if (IsLastBlock(call)) {
-    if (HasFailed(call) || call.IsDead(call.rank)) {
-      const int64_t num_words = p.num_tokens * (p.row_bytes / 16);
-      for (int64_t i = threadIdx.x; i < num_words; i += kThreads) reinterpret_cast<int4*>(p.out)[i] = int4{};
-      const int64_t num_choices = p.carried_back != nullptr ? static_cast<int64_t>(p.num_tokens) * p.num_topk : 0;
-      for (int64_t i = threadIdx.x; i < num_choices; i += kThreads) p.carried_back[i] = 0.f;
-    }
-    EndCall(call);
-  }
+  const Steps steps = RowSteps(p, call.num_ranks);
+  RunCombine(p, call, steps, shared, [&] { Work<T, kWeighted>(p, call, steps, shared); });
 }
 
 using Kernel = void (*)(CombineParams);
@@ -268,9 +183,8 @@ cudaError_t LoadCombineRows() {
 }
 
 cudaError_t LaunchCombineRows(const CombineParams& params, const CombineConfig& config, cudaStream_t stream) {
-  const int num_blocks = std::max(1, std::min(config.num_sms, kMaxLanes));
   const Kernel kernel = KernelFor(params.dtype, params.weights != nullptr);
-  kernel<<<num_blocks, kThreads, 0, stream>>>(params);
+  kernel<<<NumLanes(config), kThreads, 0, stream>>>(params);
   return cudaGetLastError();
 }
 

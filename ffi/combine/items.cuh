@@ -1,42 +1,26 @@
-// What the workers of a combine do, in which order: items, the sums of one token or of a part of its columns.
-//
-// Block b has the tokens b, b + B, ... of every rank, one a step. A step is a list of items: first the sums of a token
-// of each peer, to be pushed there, then the sum of this rank's own token of `lag` steps before, for which the peers
-// have pushed meanwhile. Worker w has items w, w + kWorkers, ... sum.cuh adds their rows.
+// What the workers of combine.cu do, in which order: items, the sums of one token or of a part of its columns.
+// Neighbours: frame.cuh has the list of steps that they are of, sum.cuh adds their rows.
 #pragma once
 
 #include <algorithm>
 
 #include "combine/combine.h"
+#include "combine/frame.cuh"
 #include "device/wait.cuh"
 
 namespace jax_ep {
 
-constexpr int kWorkers = 15, kLag = 2;
-
-// The list of items of a block: num_steps + lag steps of num_pushes pushes and num_groups sums.
-struct Steps {
-  int num_steps, num_groups, items_per_step, num_pushes, lag, group_bytes;
-
-  __device__ Steps(const CombineParams& p, int num_ranks, int piece_bytes) {
-    const int num_blocks = gridDim.x, row_bytes = static_cast<int>(p.row_bytes);
-    num_steps = (p.num_tokens - static_cast<int>(blockIdx.x) + num_blocks - 1) / num_blocks;
-    // Whole rows, unless there are too few of them to keep the workers busy.
-    const int num_pieces = max((row_bytes + piece_bytes - 1) / piece_bytes, 1);
-    const int num_rows = min(max(num_steps, 1), 4 * kWorkers) * num_ranks;
-    const int most = min((4 * kWorkers + num_rows - 1) / num_rows, num_pieces);
-    const int pieces_per_group = (num_pieces + most - 1) / most;
-    num_groups = (num_pieces + pieces_per_group - 1) / pieces_per_group;
-    group_bytes = pieces_per_group * piece_bytes;
-    num_pushes = p.one_row_a_rank ? 0 : (num_ranks - 1) * num_groups;
-    items_per_step = num_pushes + num_groups;
-    // A few times what the workers are busy with: ranks do not run in step, and a worker that waits pushes nothing.
-    lag = num_pushes > 0 ? kLag * kWorkers / items_per_step + 4 : 0;
-  }
-  __device__ uint32_t num_items() const {
-    return num_steps > 0 ? static_cast<uint32_t>(num_steps + lag) * items_per_step : 0;
-  }
-};
+// Pushes are to the peers only; groups are whole pieces.
+__device__ __forceinline__ Steps StreamSteps(const CombineParams& p, int num_ranks, int piece_bytes) {
+  const int num_steps = NumTokensOfLane(p.num_tokens), row_bytes = static_cast<int>(p.row_bytes);
+  // Whole rows, unless there are too few of them to keep the workers busy.
+  const int num_pieces = max((row_bytes + piece_bytes - 1) / piece_bytes, 1);
+  const int num_rows = min(max(num_steps, 1), 4 * kWorkers) * num_ranks;
+  const int most = min((4 * kWorkers + num_rows - 1) / num_rows, num_pieces);
+  const int pieces_per_group = (num_pieces + most - 1) / most;
+  const int num_groups = (num_pieces + pieces_per_group - 1) / pieces_per_group;
+  return {num_steps, num_groups, pieces_per_group * piece_bytes, (num_ranks - 1) * num_groups};
+}
 
 // An item, as a lane sees it: its choice of the token (recv_slot of a peer's token to push, slot of an own token to
 // sum) and the weight of the row here that this names.
