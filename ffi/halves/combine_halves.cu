@@ -4,6 +4,7 @@
 //   done    blocks take chunk after chunk: of own tokens the sum over the parts, in rank order
 #include <algorithm>
 
+#include "combine/clear.cuh"
 #include "combine/row_sum.cuh"
 #include "halves/landing.cuh"
 #include "halves/push.h"
@@ -110,13 +111,7 @@ __device__ __forceinline__ void TakeCarried(const CombineHalf& work, const Arena
 }
 
 __device__ void ClearResults(const CombineHalf& work, int block, int num_blocks) {
-  const CombineParams& p = work.params;
-  const int64_t thread = static_cast<int64_t>(block) * kHalfThreads + threadIdx.x,
-                stride = static_cast<int64_t>(num_blocks) * kHalfThreads;
-  for (int64_t i = thread; i < p.num_tokens * (p.row_bytes / 16); i += stride)
-    reinterpret_cast<int4*>(p.out)[i] = int4{};
-  const int64_t num_choices = p.carried_back != nullptr ? static_cast<int64_t>(p.num_tokens) * p.num_topk : 0;
-  for (int64_t i = thread; i < num_choices; i += stride) p.carried_back[i] = 0.f;
+  ClearResults(work.params, block * kHalfThreads + threadIdx.x, num_blocks * kHalfThreads);
 }
 
 template <class T>

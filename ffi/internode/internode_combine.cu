@@ -10,7 +10,7 @@
 // order.
 #include <algorithm>
 
-#include "combine/combine.h"
+#include "combine/clear.cuh"
 #include "combine/row_sum.cuh"
 #include "device/warp.cuh"
 #include "internode/internode.h"
@@ -218,12 +218,7 @@ __global__ void __launch_bounds__(kInternodeThreads, 1)
     }
   }
   if (IsLastBlock(call)) {
-    if (HasFailed(call)) {
-      const int64_t num_words = p.num_tokens * (p.row_bytes / 16);
-      for (int64_t i = threadIdx.x; i < num_words; i += kInternodeThreads) reinterpret_cast<int4*>(p.out)[i] = int4{};
-      const int64_t num_choices = p.carried_back != nullptr ? static_cast<int64_t>(p.num_tokens) * p.num_topk : 0;
-      for (int64_t i = threadIdx.x; i < num_choices; i += kInternodeThreads) p.carried_back[i] = 0.f;
-    }
+    if (HasFailed(call)) ClearResults(p, threadIdx.x, kInternodeThreads);
     EndOverNodes(call, plan.view);
   }
 }

@@ -10,6 +10,7 @@
 #include <algorithm>
 #include <type_traits>
 
+#include "combine/clear.cuh"
 #include "combine/vector.cuh"
 #include "low_latency/logfmt_lines.cuh"
 
@@ -461,13 +462,7 @@ __device__ bool ReceiveLogfmtSums(const CombineWork& work, const ArenaCall& call
 }
 
 __device__ void ClearResults(const CombineWork& work, int block, int num_blocks) {
-  const CombineParams& p = work.params;
-  const int64_t thread = static_cast<int64_t>(block) * kLowLatencyThreads + threadIdx.x;
-  const int64_t stride = static_cast<int64_t>(num_blocks) * kLowLatencyThreads;
-  const int64_t num_words = p.num_tokens * (work.params.row_bytes / 16);
-  for (int64_t i = thread; i < num_words; i += stride) reinterpret_cast<int4*>(p.out)[i] = int4{};
-  const int64_t num_choices = p.carried_back != nullptr ? static_cast<int64_t>(p.num_tokens) * p.num_topk : 0;
-  for (int64_t i = thread; i < num_choices; i += stride) p.carried_back[i] = 0.f;
+  ClearResults(work.params, block * kLowLatencyThreads + threadIdx.x, num_blocks * kLowLatencyThreads);
 }
 
 template <class T, bool kWeighted, bool kLogfmt>
