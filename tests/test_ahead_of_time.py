@@ -5,6 +5,7 @@ too, and what else crosses the link. Needs the wheels jax-cuda13-plugin and jax-
 data/h200.txtpb is the description of the GPU that XLA writes itself (--xla_dump_to on an H200).
 """
 
+import functools
 import importlib.util
 import os
 import re
@@ -19,7 +20,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jax_ep
-from jax_ep._src import cuda, group, tuning
+from jax_ep._src import cuda, group, logfmt, quantized, reference, tuning
 
 if importlib.util.find_spec("jax_plugins") is None or importlib.util.find_spec("jax_plugins.xla_cuda13") is None:
     pytest.skip("needs the wheels jax-cuda13-plugin and jax-cuda13-pjrt", allow_module_level=True)
@@ -401,3 +402,62 @@ def test_a_barrier_over_nodes_is_one_kernel(mesh, monkeypatch):
 
     sharded = jax.shard_map(f, mesh=mesh, in_specs=(P("expert"), P(), P()), out_specs=P("expert"))
     assert launches(compile_for_gpus(mesh, sharded)) == ["internode_barrier"]
+
+
+# ---- the reference's bits --------------------------------------------------------------------------------------------
+
+
+def compile_for_one(mesh, f, *shapes):
+    """f of f32 arrays on one GPU, as optimized HLO."""
+    args = [
+        jax.ShapeDtypeStruct(shape, jnp.float32, sharding=jax.sharding.SingleDeviceSharding(mesh.devices.flat[0]))
+        for shape in shapes
+    ]
+    return jax.jit(f).trace(*args).lower(lowering_platforms=("cuda",)).compile().as_text()
+
+
+@pytest.mark.parametrize("layout", ["expert", "rank", "batched"])
+def test_the_references_sums_begin_at_zero(mesh, layout, monkeypatch):
+    """XLA took 0 + x for x, which is another number where x is -0: one addition a rank, and one for a rank's own sums."""
+    monkeypatch.setattr(group, "along", lambda axis_context, axis_name: None)
+    text = compile_for_gpus(mesh, network(mesh, layout=layout)).as_text()
+    assert len(re.findall(rf" f32\[[\d,]*{T},[\d,]*{H}\]\S* add\(", text)) == R + 1
+
+
+def test_an_inner_product_begins_at_zero(mesh):
+    """Of rows of one chunk of 1024 f16: 3 additions of vectors, 3 of their halves, one to zero and 5 of the lanes' halves."""
+
+    def f(a, b):
+        return reference.inner_products(a.astype(jnp.float16), b.astype(jnp.float16))
+
+    text = compile_for_one(mesh, f, (T, 1024), (T, 1024))
+    assert len(re.findall(r" f32\S* add\(", text)) == 3 + 3 + 1 + 5
+
+
+SHORT = {"bfloat16": "bf16", "float16": "f16"}
+ROUNDED = {
+    **{form: functools.partial(quantized.encode, format=form) for form in quantized.FORMATS},
+    "logfmt10": logfmt.logfmt10_encode,
+    "inner-product": lambda x: reference.inner_products(x, x),
+}
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("name", ROUNDED)
+def test_a_row_that_was_just_rounded_is_used_rounded(mesh, name, dtype):
+    """XLA:GPU drops f32 -> f16 -> f32: rows were encoded and multiplied as they were before."""
+    text = compile_for_one(mesh, lambda x: jax.tree.leaves(ROUNDED[name](x.astype(dtype)))[0], (T, H))
+    assert re.search(rf" {SHORT[dtype]}\[{T},{H}\]\S* convert\(", text)
+
+
+RESULTS = {
+    "sum": lambda x, dtype: reference._sum(x.astype(dtype)),
+    "dequantized": lambda x, dtype: quantized.decode(*quantized.encode(x[0], "fp8"), "fp8", dtype),
+}
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("name", RESULTS)
+def test_a_result_is_rounded_though_it_is_widened_at_once(mesh, name, dtype):
+    text = compile_for_one(mesh, lambda x: RESULTS[name](x, jnp.dtype(dtype)).astype(jnp.float32), (R, T, H))
+    assert re.search(rf" {SHORT[dtype]}\[(1,)?{T},{H}\]\S* bitcast\(", text)

@@ -28,7 +28,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-from jax_ep._src.quantized import SOURCE_DTYPES
+from jax_ep._src.quantized import SOURCE_DTYPES, f32_bits, narrow
 
 GROUP = 128
 _LOG = np.array([round(2**16 * math.log2(1 + i / 128)) for i in range(129)], np.int32)
@@ -72,7 +72,7 @@ def logfmt10_encode(x: Array) -> LogFMT10:
     Array([511, 495,   0], dtype=uint16)
     """
     _check(x)
-    bits = _f32_bits(x)
+    bits = f32_bits(x)
     magnitude = bits & 0x7FFFFFFF
     magnitude = jnp.where(magnitude < _F32_MIN_NORMAL, 0, magnitude)
     groups = _split(magnitude, fill=0)
@@ -107,7 +107,7 @@ def logfmt10_decode(encoding: LogFMT10) -> Array:
     """
     hidden = encoding.codes.shape[-1]
     code = _split((encoding.codes & (_SIGN - 1)).astype(jnp.int32), fill=0)
-    lmin, width = (a[..., None] for a in _scale(_f32_bits(encoding.amax), _f32_bits(encoding.amin)))
+    lmin, width = (a[..., None] for a in _scale(f32_bits(encoding.amax), f32_bits(encoding.amin)))
     magnitude = _exp2(lmin + ((code - 1) * width + _LAST_STEP // 2) // _LAST_STEP)
     magnitude = _join(jnp.where(code == 0, 0, magnitude), hidden)
     sign = (encoding.codes & _SIGN).astype(jnp.uint32) << 22
@@ -204,19 +204,9 @@ def _interpolate(table: np.ndarray, index: Array, low: Array, low_bits: int) -> 
     return entry + (rise * low + (1 << (low_bits - 1)) >> low_bits)
 
 
-def _f32_bits(x: Array) -> Array:
-    """u32. bf16 is widened as bits, which keeps XLA from skipping a rounding to bf16 that came before."""
-    if x.dtype == jnp.bfloat16:
-        return lax.bitcast_convert_type(x, jnp.uint16).astype(jnp.uint32) << 16
-    return lax.bitcast_convert_type(x.astype(jnp.float32), jnp.uint32)
-
-
 def _round_to(bits: Array, dtype: Any) -> Array:
-    """The f32 with these bits, finite or inf, rounded to nearest even in dtype."""
-    if dtype == jnp.bfloat16:
-        rounded = bits + 0x7FFF + (bits >> 16 & 1) >> 16
-        return lax.bitcast_convert_type(rounded.astype(jnp.uint16), jnp.bfloat16)
-    return lax.bitcast_convert_type(bits.astype(jnp.uint32), jnp.float32).astype(dtype)
+    """The f32 with these bits, rounded to nearest even in dtype."""
+    return narrow(lax.bitcast_convert_type(bits.astype(jnp.uint32), jnp.float32), dtype)
 
 
 # Groups and pieces

@@ -152,7 +152,7 @@ def encode(x: Array, format: str) -> tuple[Array, Array]:
     """
     rule = _format("quantize", format)
     _check_source(x)
-    bits = _f32_bits(x)
+    bits = f32_bits(x)
     magnitude = bits & 0x7FFFFFFF
     magnitude = jnp.where(
         magnitude < _F32_MIN_NORMAL, 0, magnitude
@@ -186,7 +186,7 @@ def decode(values: Array, scales: Array, format: str, dtype: Any) -> Array:
     group = _format("dequantize", format).group
     scales = jnp.repeat(scales.astype(jnp.float32), group, axis=-1)[..., : values.shape[-1]]
     most = float(jnp.finfo(dtype).max)  # rounding to a value may have gone up past it
-    return jnp.clip(values.astype(jnp.float32) * scales, -most, most).astype(dtype)
+    return narrow(jnp.clip(values.astype(jnp.float32) * scales, -most, most), dtype)
 
 
 # Derivatives: the carrier takes x's tangent on, decoding takes it up again.
@@ -215,11 +215,52 @@ def _decode_straight_through_jvp(
     return _decode_straight_through(format, dtype, *primals), tangents[2].astype(dtype)
 
 
+# Between the rows' dtypes and f32, for all of the contract's arithmetic. In integers, because XLA:GPU takes a conversion
+# f32 -> bf16 -> f32 for nothing and drops it (xla_allow_excess_precision): what had just been rounded, here or by the
+# user's program, would be encoded or added unrounded.
+
+
+def f32_bits(x: Array) -> Array:
+    """u32: the bits of the f32 that bf16, f16 or f32 x is."""
+    if x.dtype == jnp.bfloat16:
+        return lax.bitcast_convert_type(x, jnp.uint16).astype(jnp.uint32) << 16
+    if x.dtype != jnp.float16:
+        return lax.bitcast_convert_type(x.astype(jnp.float32), jnp.uint32)
+    bits = lax.bitcast_convert_type(x, jnp.uint16).astype(jnp.uint32)
+    exponent, mantissa = bits >> 10 & 0x1F, bits & 0x3FF
+    shift = lax.clz(mantissa) - 21  # of a subnormal: its leading 1 becomes the implicit one
+    subnormal = (113 - shift << 23) | (mantissa << shift & 0x3FF) << 13
+    normal = (exponent + 112 << 23) | mantissa << 13
+    magnitude = jnp.where(exponent == 0, jnp.where(mantissa == 0, 0, subnormal), normal)
+    magnitude = jnp.where(exponent == 0x1F, _F32_INF | mantissa << 13, magnitude)
+    return bits >> 15 << 31 | magnitude
+
+
+def widen(x: Array) -> Array:
+    """bf16, f16 or f32 x as f32."""
+    return _as_f32(f32_bits(x))
+
+
+def narrow(x: Array, dtype: Any) -> Array:
+    """f32 x rounded to bf16, f16 or f32, to nearest even. NaN stays NaN."""
+    bits = lax.bitcast_convert_type(x, jnp.uint32)
+    magnitude = bits & 0x7FFFFFFF
+    if dtype == jnp.bfloat16:
+        rounded = magnitude + 0x7FFF + (magnitude >> 16 & 1) >> 16
+        quiet_nan = magnitude >> 16 | 0x40
+    elif dtype == jnp.float16:
+        normal = (magnitude + 0xFFF + (magnitude >> 13 & 1) >> 13) - (112 << 10)
+        # Below 2**-14 f16 counts in steps of 2**-24, the last bit of f32 at 1/2: the sum rounds as wanted, flushed or not.
+        subnormal = lax.bitcast_convert_type(_as_f32(magnitude) + 0.5, jnp.uint32) - 0x3F000000
+        rounded = jnp.where(magnitude < 0x38800000, subnormal, jnp.minimum(normal, 0x7C00))
+        quiet_nan = magnitude >> 13 & 0x3FF | 0x7E00
+    else:
+        return x.astype(dtype)
+    rounded = jnp.where(magnitude > _F32_INF, quiet_nan, rounded) | bits >> 31 << 15
+    return lax.bitcast_convert_type(rounded.astype(jnp.uint16), dtype)
+
+
 # f32 as bit patterns in u32
-
-
-def _f32_bits(x: Array) -> Array:
-    return lax.bitcast_convert_type(x.astype(jnp.float32), jnp.uint32)
 
 
 def _as_f32(bits: Array) -> Array:

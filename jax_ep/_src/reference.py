@@ -10,8 +10,9 @@ Written to be read. A token travels like this:
 Of the halves one does all and the other nothing: XLA's scheduler starts a collective as soon as it has its operands and
 waits for it as late as it can, wherever a program has it.
 
-The arithmetic of the sums is part of the contract, to the bit: a product is rounded to f32 before it is added, so an
-`optimization_barrier` stands between (XLA's CPU and GPU backends would contract the two into one FMA).
+The arithmetic of the sums is part of the contract, to the bit, and XLA keeps to it where it must: a product is rounded to
+f32 before it is added, so an `optimization_barrier` stands between (XLA's CPU and GPU backends would contract the two into
+one FMA); a sum begins at zero, so that one of negative zeros is zero (`_zeros`); a row is what it was rounded to (`widen`).
 Shapes are named as in docs/vocabulary.md: R ranks, T tokens a rank, K choices, C rows, H columns, E experts.
 
 `dead`, bool[R] or None, says which ranks are masked (membership.py). Their tokens are none, rows for them are lost, and their
@@ -26,6 +27,7 @@ from jax import lax
 
 from jax_ep._src import compat, logfmt, membership, quantized
 from jax_ep._src.handle import Routing
+from jax_ep._src.quantized import narrow, widen
 
 Arrays = list[jax.Array]
 Dead = jax.Array | None
@@ -210,10 +212,10 @@ def combine_done(
 
 def _sum(partials: jax.Array) -> jax.Array:
     """[R, T, H] of the ranks -> [T, H], added in rank order in f32."""
-    total = jnp.zeros(partials.shape[1:], jnp.float32)
+    total = _zeros(partials.shape[1:], partials)
     for partial in partials:
-        total = total + partial.astype(jnp.float32)
-    return total.astype(partials.dtype)
+        total = total + widen(partial)
+    return narrow(total, partials.dtype)
 
 
 def partial_sums(
@@ -226,14 +228,14 @@ def partial_sums(
             slot_of_source = slot_of_source.max(axis=1, keepdims=True, initial=-1)
 
         def add_choice(total: jax.Array, row: jax.Array) -> tuple[jax.Array, None]:
-            term = _take_rows(y, row).astype(jnp.float32)
+            term = widen(_take_rows(y, row))
             if weights is not None:
                 term = lax.optimization_barrier(_take_rows(weights, row)[:, None] * term)
             return total + term, None
 
-        zeros = compat.as_varying(jnp.zeros((slot_of_source.shape[0], y.shape[1]), jnp.float32), compat.varying_axes(y))
+        zeros = _zeros((slot_of_source.shape[0], y.shape[1]), y)
         total, _ = lax.scan(add_choice, zeros, slot_of_source.T)  # a loop: one term in memory at a time
-        rounded = total.astype(y.dtype)
+        rounded = narrow(total, y.dtype)
         return logfmt.logfmt10_roundtrip(rounded) if wire == "logfmt10" else rounded
 
     return lax.map(for_source, recv_slot)
@@ -255,7 +257,7 @@ def combine_grad(
 def weigh(rows: jax.Array, y: jax.Array, weights: jax.Array, recv_slot: jax.Array) -> Arrays:
     """What combine_grad does with rows that have been dispatched."""
     holds = _place(jnp.zeros(rows.shape[0], bool), recv_slot.reshape(-1), jnp.array(True))
-    y_bar = (weights[:, None] * rows.astype(jnp.float32)).astype(rows.dtype)
+    y_bar = narrow(weights[:, None] * widen(rows), rows.dtype)
     return [jnp.where(holds[:, None], y_bar, 0), jnp.where(holds, inner_products(y, rows), 0)]
 
 
@@ -266,17 +268,25 @@ def inner_products(a: jax.Array, b: jax.Array) -> jax.Array:
     lane adds the products of its four vectors, element by element; then the elements, by halves; then chunk after chunk;
     at last the lanes are added, by halves.
     """
-    products = lax.optimization_barrier(a.astype(jnp.float32) * b.astype(jnp.float32))
     elements = 16 // a.dtype.itemsize
     num_rows, hidden = a.shape
-    padded = jnp.pad(products, ((0, 0), (0, -hidden % (4 * 32 * elements))))
-    vectors = padded.reshape(num_rows, -1, 4, 32, elements)
+    padded = jnp.pad(widen(a) * widen(b), ((0, 0), (0, -hidden % (4 * 32 * elements))))
+    vectors = lax.optimization_barrier(padded).reshape(num_rows, -1, 4, 32, elements)
     lanes = _add_halves(
         ((vectors[:, :, 0] + vectors[:, :, 1]) + vectors[:, :, 2]) + vectors[:, :, 3]
     )  # [C, chunks, 32]
-    zeros = compat.as_varying(jnp.zeros((num_rows, 32), jnp.float32), compat.varying_axes(lanes))
+    zeros = _zeros((num_rows, 32), lanes)
     total, _ = lax.scan(lambda total, chunk: (total + chunk, None), zeros, lanes.swapaxes(0, 1), unroll=32)
     return _add_halves(total)
+
+
+def _zeros(shape: tuple[int, ...], like: jax.Array) -> jax.Array:
+    """What a sum begins with, f32 varying as `like`: zeros that XLA:GPU does not know for zeros.
+
+    It would take 0 + x for x, and a sum of nothing but negative zeros would be one.
+    """
+    zero = compat.as_varying(jnp.float32(0), compat.varying_axes(like))
+    return jnp.broadcast_to(lax.optimization_barrier(zero), shape)
 
 
 def _add_halves(x: jax.Array) -> jax.Array:
