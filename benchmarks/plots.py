@@ -3,7 +3,8 @@
     python -m benchmarks.plots [--machine "2 x NVIDIA H200"] [FILE ...]
 
 speed-tokens, speed-sms   time and share of the push ceiling, the kernels alone        speed-modes      low latency and high throughput
-speed-baselines           calls inside jit beside XLA's collectives                    model-nodes      the model, 2 to 64 nodes
+speed-baselines           calls inside jit beside XLA's collectives                    speed-decode     steps of several layers
+model-nodes               the model, 2 to 64 nodes
 A picture without data is not drawn, and one that is there stays. matplotlib is needed here only (the "examples" extra).
 """
 
@@ -12,6 +13,8 @@ from __future__ import annotations
 import argparse
 import collections
 import dataclasses
+import fnmatch
+import json
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -19,11 +22,12 @@ from typing import Any
 
 import matplotlib
 import numpy as np
+from cases import Case
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
-from benchmarks import ROOT, model, summary
+from benchmarks import ROOT, model, summary, traffic, tune
 
 Row = dict[str, Any]
 
@@ -181,21 +185,42 @@ def modes(rows: Sequence[Row]) -> Figure | None:
             panel
             for panel in dict.fromkeys((row["ranks"], row["hidden"], row["layout"], row["wire"]) for row in pairs)
             if all(len({row["tokens"] for row in select(_of(pairs, panel), mode=mode)}) > 1 for mode in MODES)
-        ][:4]
+        ][:6]
         if panels:
             return _modes(pairs, panels, what)
     return None
 
 
+def crossover(row: Row) -> int | None:
+    """Up to how many tokens mode="auto" takes low latency for such rows, if tuning.json has an entry for just these."""
+    case = Case("", 1, row["hidden"], 1, row["ranks"], row["ranks"], dtype=row["dtype"] or "bfloat16")
+    like = {name: row[name] for name in ("ranks", "layout")} | {"row_bytes": traffic.row_bytes(case, row["wire"])}
+    device = row["machine"].split(" x ")[-1]
+    for entry in json.loads(tune.TABLE.read_text()):
+        if fnmatch.fnmatchcase(device, entry["device"]) and all(entry[name] == like[name] for name in like):
+            return entry["low_latency_up_to"]
+    return None
+
+
 def _modes(pairs: Sequence[Row], panels: Sequence[tuple[Any, ...]], what: str) -> Figure:
-    figure = Figure(figsize=(max(2.8 * len(panels), 4.5), 3.0), layout="constrained")
-    for axes, panel in zip(figure.subplots(1, len(panels), sharey=True, squeeze=False)[0], panels, strict=True):
+    wide = len(panels) if len(panels) <= 4 else 3
+    high = -(-len(panels) // wide)
+    figure = Figure(figsize=(max(2.8 * wide, 4.5), 0.4 + 2.6 * high), layout="constrained")
+    for axes, panel in zip(figure.subplots(high, wide, sharey=True, squeeze=False).flat, panels, strict=False):
         of_panel = _of(pairs, panel)
         most = max(row["tokens"] for row in select(of_panel, mode="low_latency"))
         for mode, colour in zip(MODES, COLOURS, strict=False):
             line = sorted(select(of_panel, mode=mode), key=lambda row: row["tokens"])
             line = [row for row in line if row["tokens"] <= most]
             axes.plot([row["tokens"] for row in line], [row["us"] for row in line], "o-", color=colour, label=mode)
+        up_to = crossover(of_panel[0])
+        if up_to is not None:
+            label = f'"auto": low latency up to {up_to}' if up_to else '"auto": never low latency'
+            axes.axvline(max(up_to, 0.75), color=INK, linestyle=":", linewidth=1)
+            axes.annotate(
+                label, (max(up_to, 0.75), 0.02), (3, 0), xycoords=axes.get_xaxis_transform(), textcoords="offset points",
+                rotation=90, fontsize=7,
+            )  # fmt: skip
         ranks, hidden, layout, wire = panel
         axes.set_title(f'{ranks} ranks, hidden {hidden}, "{layout}"{", " + wire if wire else ""}', fontsize=8)
         times_axis(axes)
@@ -253,6 +278,48 @@ def _at(rows: Sequence[Row], panel: tuple[Any, ...]) -> list[Row]:
     return select(rows, case=case, tokens=tokens, operation=operation)
 
 
+def decode(rows: Sequence[Row]) -> Figure | None:
+    """Steps of several layers against tokens: µs a step, and of the host until the call returns; a column a hidden size."""
+    steps = select(rows, operation="step")
+    if not steps:
+        return None
+    steps = select(steps, ranks=commonest(steps, "ranks"))
+    own = [row for row in steps if row["by"] == "jax_ep"]
+    layout = commonest(own, "layout") if own else None
+    lines = {
+        f'"{layout}", {mode}': select(own, layout=layout, mode=mode)
+        for mode in dict.fromkeys(row["mode"] for row in own)
+    }
+    lines |= {by: select(steps, by=by) for by in dict.fromkeys(row["by"] for row in steps) if by != "jax_ep"}
+    sizes = sorted({row["hidden"] for row in steps}, reverse=True)[:4]
+    figure = Figure(figsize=(max(2.8 * len(sizes), 5), 4.6), layout="constrained")
+    grid = figure.subplots(2, len(sizes), sharex="col", sharey="row", squeeze=False)
+    for column, hidden in zip(grid.T, sizes, strict=True):
+        for (name, line), colour in zip(lines.items(), COLOURS, strict=False):
+            for graph, style in ((True, "o-"), (False, "s--")):
+                shown = sorted(select(line, hidden=hidden, graph=graph), key=lambda row: row["tokens"])
+                label = f"{name}, {'graph' if graph else 'launched'}"
+                for axes, key in zip(column, ("us", "host_us"), strict=True):
+                    if shown:
+                        axes.plot(
+                            [row["tokens"] for row in shown],
+                            [row[key] for row in shown],
+                            style,
+                            color=colour,
+                            label=label,
+                        )
+        column[0].set_title(f"hidden {hidden}")
+        for axes in column:
+            times_axis(axes)
+        tokens_ticks(column[1], (row["tokens"] for row in steps if row["hidden"] == hidden), "tokens a rank")
+    grid[0, 0].set_ylabel("µs a step, steps queued")
+    grid[1, 0].set_ylabel("µs until the call returns")
+    figure.legend(*grid[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=8)
+    layers = commonest(steps, "layers")
+    figure.suptitle(f"decode steps of {layers} MoE layers, {steps[0]['ranks']} ranks\n{origin(steps)}", fontsize=9)
+    return figure
+
+
 # ---- the model -------------------------------------------------------------------------------------------------------
 
 
@@ -302,6 +369,7 @@ PICTURES = (
     Picture("speed-sms", lambda rows: along(rows, "sms", "SMs")),
     Picture("speed-modes", modes),
     Picture("speed-baselines", baselines),
+    Picture("speed-decode", decode),
     Picture("model-nodes", lambda _: nodes(model.measured_machine())),
 )
 
