@@ -40,6 +40,7 @@ from benchmarks.summary import KEYS
 LAYOUTS = ("expert", "rank", "batched")
 MODES = ("high_throughput", "low_latency", "auto")
 GRAPH_FLAGS = "--xla_gpu_enable_command_buffer=+CUSTOM_CALL --xla_gpu_graph_min_graph_size=1"
+ROUTED = ("dispatch", "pair", "moe", "moe_gradient", "step")  # whose every call has a routing of its own
 FEW_TOKENS = 512  # up to here a case is a decode step: many calls, many samples
 
 Row = dict[str, Any]
@@ -51,9 +52,12 @@ Row = dict[str, Any]
 def crossing_bytes(setting: Setting, operation: str, wire: str | None) -> list[np.ndarray]:
     """f64[R, R] bytes from rank to rank, for each of an operation's exchanges, one after the other; the mean over the calls."""
     case = setting.case
-    routings = setting.topk_idx if operation in ("dispatch", "pair", "moe", "moe_gradient") else setting.topk_idx[:1]
+    routings = setting.topk_idx if operation in ROUTED else setting.topk_idx[:1]
     rows = np.mean([traffic.rows_crossing(case, topk_idx) for topk_idx in routings], axis=0)
-    out, back = rows * traffic.row_bytes(case, wire), rows.T * traffic.row_bytes(case, None)
+    wires = (None, wire) if wire == "logfmt10" else (wire, None)  # out and back
+    out, back = rows * traffic.row_bytes(case, wires[0]), rows.T * traffic.row_bytes(case, wires[1])
+    if operation == "step":  # a call is a layer of it
+        return [out, back] * setting.calls
     if operation == "moe_gradient":  # the same again for cotangents, which travel in x's dtype
         return [out, back, back.T, back]
     if operation in ("pair", "cached_pair", "moe"):
@@ -63,12 +67,12 @@ def crossing_bytes(setting: Setting, operation: str, wire: str | None) -> list[n
 
 def row(
     setting: Setting, operation: str, by: str, wire: str | None, timed: timing.Timing | None, error: str | None = None,
-    sms: int | None = None, mode: str | None = None, graph: bool = False,
+    sms: int | None = None, mode: str | None = None, graph: bool = False, with_ceiling: bool = True,
 ) -> Row:  # fmt: skip
     """What is recorded of a measurement."""
     case, exchanges = setting.case, crossing_bytes(setting, operation, wire)
-    ceiling = traffic.measure_ceiling(setting.mesh, traffic.row_bytes(case, wire), sms)
-    ceiling_us = sum(ceiling.us(exchange) for exchange in exchanges)
+    ceiling = traffic.measure_ceiling(setting.mesh, traffic.row_bytes(case, wire), sms) if with_ceiling else None
+    ceiling_us = sum(ceiling.us(exchange) for exchange in exchanges) if ceiling else None
     ours = by == "jax_ep"
     on_cpu = setting.mesh.devices.flat[0].platform == "cpu"
     return {
@@ -96,7 +100,7 @@ def row(
         "max_recv_tokens": case.max_recv_tokens if ours else None,
         "expert_capacity": case.expert_capacity if ours else None,
         "crossing_bytes": int(sum(exchange.sum() for exchange in exchanges)),
-        "ceiling": f"{ceiling.name}, {ceiling.bytes_per_second / 1e9:.1f} GB/s",
+        "ceiling": ceiling and f"{ceiling.name}, {ceiling.bytes_per_second / 1e9:.1f} GB/s",
         "ceiling_us": round(ceiling_us, 3) if ceiling_us else None,
         "ratio": round(timed.median / ceiling_us, 2) if timed and ceiling_us else None,
         "error": error,
@@ -260,22 +264,23 @@ def show(rows: Sequence[Row]) -> None:
     print(rows[0]["machine"] if rows else "nothing was measured")
     for case in dict.fromkeys((row["case"], row["tokens"]) for row in rows):
         of_case = [row for row in rows if (row["case"], row["tokens"]) == case]
-        _draw(title(of_case[0]), table(of_case))
+        draw(title(of_case[0]), table(of_case))
 
 
-def _draw(heading: str, lines: list[tuple[str, ...]]) -> None:
+def draw(heading: str, lines: Sequence[tuple[str, ...]], columns: Sequence[str] = COLUMNS) -> None:
+    """Prints one table; what a line's first cells repeat of the line before is left out."""
     try:
         from rich import box
         from rich.console import Console
         from rich.table import Table
     except ImportError:
-        widths = [max(map(len, column)) for column in zip(COLUMNS, *lines, strict=True)]
+        widths = [max(map(len, column)) for column in zip(columns, *lines, strict=True)]
         print(heading)
-        for line in [COLUMNS, *lines]:
+        for line in [columns, *lines]:
             print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
         return
     drawn = Table(title=heading, title_justify="left", box=box.HORIZONTALS)
-    for column in COLUMNS:
+    for column in columns:
         drawn.add_column(column, justify="left" if column in ("operation", "by") else "right")
     previous = None
     for line in lines:

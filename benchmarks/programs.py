@@ -71,10 +71,10 @@ class Setting:
         most = {name: None if each[0][name] is None else max(sizes[name] or 0 for sizes in each) for name in each[0]}
         return dataclasses.replace(self, case=dataclasses.replace(case, **most))
 
-    def on_every_rank(self, f: Callable[..., Any]) -> Callable[..., Any]:
+    def on_every_rank(self, f: Callable[..., Any], check_vma: bool = True) -> Callable[..., Any]:
         """f for one rank -> a function of global arrays, [R * n, ...]."""
         spec = jax.P(self.case.axis_name)
-        return jax.shard_map(f, mesh=self.mesh, in_specs=spec, out_specs=spec)
+        return jax.shard_map(f, mesh=self.mesh, in_specs=spec, out_specs=spec, check_vma=check_vma)
 
     def normal(self, seed: int, shape: tuple[int, ...], dtype: Any, scale: float = 1.0) -> jax.Array:
         """Normal variates [R * n, ...], where `shape` is a rank's [n, ...]."""
@@ -122,6 +122,41 @@ def after(token: jax.Array | None, integers: Any) -> Any:
     return jax.tree.map(lambda array: array + jnp.isnan(token).astype(array.dtype), integers)
 
 
+def after_handle(token: jax.Array | None, handle: jax_ep.Handle) -> jax_ep.Handle:
+    """The same of a routing."""
+    slot, recv_slot = after(token, (handle.slot, handle.recv_slot))
+    return dataclasses.replace(handle, slot=slot, recv_slot=recv_slot)
+
+
+def dispatch_of(
+    case: Case, wire: str | None = None, mode: str = "auto", num_sms: int | None = None
+) -> Callable[[jax.Array, jax.Array, jax.Array], tuple[jax_ep.Dispatched, jax_ep.Handle]]:
+    """x, weights, topk_idx -> what a case's dispatch returns."""
+
+    def dispatch(x: jax.Array, weights: jax.Array, topk_idx: jax.Array) -> tuple[jax_ep.Dispatched, jax_ep.Handle]:
+        return jax_ep.dispatch(
+            x,
+            topk_idx,
+            weights,
+            axis_name=case.axis_name,
+            num_experts=case.num_experts,
+            layout=case.layout,
+            max_recv_tokens=case.max_recv_tokens,
+            expert_alignment=case.expert_alignment,
+            expert_capacity=case.expert_capacity,
+            wire=wire,
+            mode=mode,
+            num_sms=num_sms,
+        )
+
+    return dispatch
+
+
+def plain(recv: jax_ep.Dispatched) -> jax.Array:
+    """The received rows, decoded."""
+    return jax_ep.dequantize(recv.x) if isinstance(recv.x, jax_ep.Quantized) else recv.x
+
+
 def experts(rows: jax.Array, group_sizes: jax.Array | None, w_in: jax.Array, w_out: jax.Array) -> jax.Array:
     """Each expert's two matrices: of rows [C, H] grouped by expert, or of [E / R, expert_capacity, H]."""
     if rows.ndim == 3:
@@ -155,29 +190,7 @@ def jax_ep_programs(
     """jax_ep's operations. The layers need rows by expert."""
     case = setting.case
     weighted = case.layout != "rank"
-
-    def dispatch(x: jax.Array, weights: jax.Array, topk_idx: jax.Array) -> tuple[jax_ep.Dispatched, jax_ep.Handle]:
-        return jax_ep.dispatch(
-            x,
-            topk_idx,
-            weights,
-            axis_name=case.axis_name,
-            num_experts=case.num_experts,
-            layout=case.layout,
-            max_recv_tokens=case.max_recv_tokens,
-            expert_alignment=case.expert_alignment,
-            expert_capacity=case.expert_capacity,
-            wire=wire,
-            mode=mode,
-            num_sms=num_sms,
-        )
-
-    def plain(recv: jax_ep.Dispatched) -> jax.Array:
-        return jax_ep.dequantize(recv.x) if isinstance(recv.x, jax_ep.Quantized) else recv.x
-
-    def after_handle(token: jax.Array | None, handle: jax_ep.Handle) -> jax_ep.Handle:
-        slot, recv_slot = after(token, (handle.slot, handle.recv_slot))
-        return dataclasses.replace(handle, slot=slot, recv_slot=recv_slot)
+    dispatch = dispatch_of(case, wire, mode, num_sms)
 
     def dispatches(x: jax.Array, weights: jax.Array, routings: Sequence[jax.Array]) -> jax.Array:
         token = None

@@ -71,8 +71,11 @@ def capacities(case: Case, topk_idx: np.ndarray) -> dict[str, int | None]:
 
 def row_bytes(case: Case, wire: str | None) -> int:
     """Bytes of one row on the wire."""
+    itemsize = jnp.dtype(case.dtype).itemsize
     if wire is None:
-        return case.hidden * jnp.dtype(case.dtype).itemsize
+        return case.hidden * itemsize
+    if wire == "logfmt10":  # of combine: 10 bits a value, the largest and smallest of 128 columns beside
+        return math.ceil(case.hidden * 10 / 8) + math.ceil(case.hidden / 128) * 2 * itemsize
     columns, scale = SCALE_BYTES[wire]
     return case.hidden + math.ceil(case.hidden / columns) * scale
 

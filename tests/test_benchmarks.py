@@ -1,6 +1,7 @@
 """The benchmarks run on a small case, count bytes rightly, and every recorded row fits the schema."""
 
 import importlib
+import importlib.util
 import json
 import re
 import sys
@@ -278,7 +279,7 @@ def test_recorded_results_fit_the_schema(capsys):
     rows = read_summary(capsys)
     assert rows
     for row in rows:
-        assert tuple(row) == module("summary").KEYS
+        assert tuple(row) == module("summary").KEYS + module("summary").NULLABLE
         assert row["commit"] and row["date"] and row["machine"]
 
 
@@ -459,6 +460,173 @@ def test_tuning_writes_entries_beside_those_of_other_machines(tmp_path):
     ]
 
 
+# ---- decode.py: steps of several layers, and single calls ------------------------------------------------------------
+
+
+def decode_options(*more):
+    decode = module("decode")
+    sizes = ["--tokens", "4", "--hidden", "16", "--experts", "8", "--topk", "2", "--ranks", "2"]
+    options = decode.parse([*sizes, "--idle-ms", "0", "1", "--late-us", "0", "2000", "--case-budget-s", "1", *more])
+    decode.settle(options)
+    return options
+
+
+def measure_decode(out, *more):
+    sizes = ["--tokens", "4", "--hidden", "16", "--experts", "8", "--topk", "2", "--ranks", "2", "--out", str(out)]
+    assert module("decode").main([*sizes, "--idle-ms", "0", "1", "--late-us", "0", "2000", *more]) == 0
+    return json.loads(out.read_text())
+
+
+def test_steps_and_calls_of_decode_size_are_measured(tmp_path, capsys, on_cpu):
+    rows = measure_decode(tmp_path / "decode.json", "--quick")
+    summary, two = module("summary"), ("dispatch", "combine")
+    kinds = [(row["part"], row["operation"], row["wire"], row["idle_ms"], row["by"]) for row in rows]
+    assert kinds == [
+        *(("programs", name, wire, None, "jax_ep") for name, wire in (("dispatch", None), ("dispatch", "fp8"))),
+        ("programs", "combine", None, None, "jax_ep"),
+        ("step", "step", None, None, "jax_ep"),
+        *(("idle", name, None, pause, "jax_ep") for name in two for pause in (0, 1)),
+        *(("late", name, None, None, "jax_ep") for name in two for _ in (0, 2000)),
+        ("step", "step", None, None, "all_gather+psum_scatter"),
+    ]
+    for row in rows:
+        assert set(summary.KEYS + summary.NULLABLE) <= set(row)
+        assert (row["error"], row["graph"], row["ranks"], row["clock"]) == (None, False, 2, "host") and row["of"]
+        assert (row["layers"], row["expert_hidden"]) == ((2, 16) if row["part"] == "step" else (None, None))
+        assert (row["host_us"] is not None) == (row["part"] in ("step", "idle"))
+        assert row["part"] == "late" or 0 < row["p10_us"] <= row["us"] <= row["p99_us"]
+        assert row["part"] != "step" or 0 < row["host_us"] < row["waited_us"]
+    for even, behind in zip(*[iter(row for row in rows if row["part"] == "late")] * 2, strict=True):
+        assert even["delay_us"] == 0 and 1000 < behind["delay_us"] < 4000
+        assert behind["us"] < 1000  # the delay is not in it
+    told = capsys.readouterr()
+    assert "decode: 2 ranks, 4 tokens, 16 hidden" in told.out and "4 x 16 step all_gather+psum_scatter" in told.err
+
+
+def test_of_decode_what_fails_and_what_is_not_reached_are_rows(tmp_path, monkeypatch, on_cpu):
+    decode = module("decode")
+    rows = measure_decode(tmp_path / "none.json", "--budget-s", "-1")
+    assert {row["error"] for row in rows} == {"skipped: --budget-s -1 is over"} and {row["us"] for row in rows} == {
+        None
+    }
+    assert {row["part"] for row in rows} == {"programs", "step", "idle", "late"}
+    assert {(row["operation"], row["wire"]) for row in rows} >= {("dispatch", "fp8"), ("combine", "logfmt10")}
+
+    def fails(point, setting, options):
+        yield module("timing").Timing.of([1e-6]), {"idle_ms": 0}
+        raise ValueError("no memory\nat all")
+
+    monkeypatch.setitem(decode.MEASURES, "idle", fails)
+    options = decode_options()
+    rows = list(decode.measure(decode.Point("idle", "dispatch", 4, 16, "rank", graph=False), options))
+    assert [(row["idle_ms"], row["us"], row["error"]) for row in rows] == [
+        (0, 1.0, None),
+        (1, None, "failed: ValueError: no memory"),
+    ]
+
+
+def test_a_graph_is_asked_for_and_compressed_calls_are_measured(on_cpu):
+    decode, options = module("decode"), decode_options()
+    for operation, wire in (("dispatch", "fp8"), ("combine", "logfmt10")):
+        (row,) = decode.measure(decode.Point("programs", operation, 4, 16, "expert", wire), options)
+        assert row["error"] is None and row["graph"] and row["us"] > 0
+    case = Case("by-hand", 3, 7168, 2, 4, 2)
+    assert module("traffic").row_bytes(case, "logfmt10") == pytest.approx(0.641 * 7168 * 2, rel=1e-3)
+    setting = decode.setting_at(decode.Point("programs", "combine", 4, 16, "expert", "logfmt10"), options)
+    (plain,), (wire,) = (module("exchange").crossing_bytes(setting, "combine", wire) for wire in (None, "logfmt10"))
+    assert 0 < wire.sum() < plain.sum()
+
+
+def test_what_matters_most_is_measured_first_and_nothing_twice():
+    decode = module("decode")
+    plans = {}
+    for name, more in (("quick", ["--quick"]), ("whole", [])):
+        options = decode.parse(more)
+        options.launch, options.clock = ["graph", "stream"], "the device's"
+        plans[name] = decode.plan(options)
+    first = [(point.operation, point.tokens, point.wire, point.graph) for point in plans["quick"][:10]]
+    assert first[:6] == [
+        (name, tokens, wire, True)
+        for tokens in (128, 1)
+        for name, wire in (("dispatch", None), ("dispatch", "fp8"), ("combine", None))
+    ]
+    assert first[6:] == [("step", tokens, None, graph) for tokens in (128, 1) for graph in (True, False)]
+    assert {point.part for point in plans["quick"]} == set(decode.PARTS) and len(plans["quick"]) < 40
+    whole = plans["whole"]
+    assert whole[: len(plans["quick"])] == plans["quick"] and len(set(whole)) == len(whole)
+    steps = {(point.tokens, point.hidden) for point in whole if point.part == "step"}
+    assert steps == {(t, 7168) for t in (1, 8, 32, 64, 128, 256, 512)} | {
+        (t, h) for t in (1, 128) for h in (2048, 2880, 4096)
+    }
+
+
+def test_a_step_is_the_same_by_batches_by_groups_and_by_collectives():
+    decode, programs = module("decode"), module("programs")
+    setting = programs.Setting.of(Case("step", 6, 16, 2, 8, 4, dtype="float32"), expert_hidden=8)
+    x, _, _ = setting.inputs()
+    args = (x, setting.normal(6, (2, 16, 8), jnp.float32), *setting.experts())
+    of_batches, of_groups = (decode.with_room(setting, layout) for layout in ("batched", "expert"))
+    results = []
+    for case, layer in (
+        (of_batches.case, decode.ours(of_batches.case, "auto")),
+        (of_groups.case, decode.ours(of_groups.case, "auto")),
+        (of_batches.case, decode.by_collectives(of_batches.case)),
+    ):
+        f = decode.step(case, layer)
+        results.append(jax.jit(setting.on_every_rank(f))(*args))
+    again, end = jax.jit(setting.on_every_rank(decode.repeatable(f, clocked=False)))(*args)
+    np.testing.assert_allclose(results[0], results[1], rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(results[0], results[2], rtol=1e-4, atol=1e-6)
+    np.testing.assert_array_equal(again, x)
+    assert np.abs(results[0] - x).max() > 0.1 and end.shape == (4,)
+
+
+def test_clocks_of_ranks_are_read_modulo_what_they_count_to():
+    reads = [np.array(ns, np.uint32).view(np.int32) for ns in ([2**32 - 500, 7], [500, 1507], [2500, 2000])]
+    np.testing.assert_allclose(module("decode").ticks(reads), [1500e-9, 2000e-9])
+    results = iter([jnp.asarray(read) for read in reads for _ in (0, 1)])
+    between = module("decode").queued(lambda: next(results), 6, 1, 10)
+    np.testing.assert_allclose(between, [1500e-9, 0, 2000e-9, 0], atol=1e-12)
+
+
+@pytest.mark.filterwarnings("ignore:The Pallas Triton backend:DeprecationWarning")
+def test_clocks_and_late_ranks_are_kernels_of_one_graph(monkeypatch, on_cpu):
+    """As XLA compiles them for two H200s that are not there."""
+    if importlib.util.find_spec("jax_plugins") is None or importlib.util.find_spec("jax_plugins.xla_cuda13") is None:
+        pytest.skip("needs the wheels jax-cuda13-plugin and jax-cuda13-pjrt")
+    if jax.__version_info__[:2] != (0, 11):
+        pytest.skip("data/h200.txtpb is of jax 0.11")
+    from jax.experimental import topologies
+
+    from jax_ep._src import group
+
+    monkeypatch.setenv("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
+    monkeypatch.setattr(group, "along", lambda axis_context, axis_name: ((0, 1),))
+    monkeypatch.setattr(group, "make_arenas", lambda groups, window_bytes: True)
+    config = (ROOT / "tests" / "data" / "h200.txtpb").read_text()
+    devices = topologies.get_topology_desc(platform="cuda", target_config=config, topology="1x1x2").devices
+    decode, programs = module("decode"), module("programs")
+    case = Case("graph", 8, 256, 2, 8, 2)
+    idx = np.stack([module("traffic").draw_routing(case, "uniform", seed) for seed in range(3)])
+    setting = programs.Setting(case, jax.sharding.Mesh(np.array(devices), ("expert",)), idx).in_layout("rank")
+    dispatch = programs.dispatch_of(setting.case, None, "low_latency")
+
+    def call(token, i, x, weights, routings):
+        return programs.first(dispatch(x, weights, programs.after(token, routings[i]))[0].x)
+
+    def array(shape, dtype):
+        sharding = jax.sharding.NamedSharding(setting.mesh, jax.P("expert"))
+        return jax.ShapeDtypeStruct((2 * shape[0], *shape[1:]), dtype, sharding=sharding)
+
+    routings = (array((8, 2), jnp.int32),) * 3
+    args = (array((8, 256), jnp.bfloat16), array((8, 2), jnp.float32), routings)
+    f = decode.launched(decode.chain(call, 3, clocked=True, each=True, late_on="cuda"), setting, graph=True)
+    text = f.trace(args, array((1,), jnp.int32)).lower(lowering_platforms=("cuda",)).compile().as_text()
+    calls = [line for line in text.splitlines() if " custom-call(" in line]
+    order = [re.search(r"/(spin|now)/pallas_call|\"jax_ep_(low_latency_dispatch)\"", line) for line in calls]
+    assert [found[1] or found[2] for found in order] == ["spin", "now", "low_latency_dispatch"] * 3 + ["now"]
+
+
 # ---- model.py and plots.py -------------------------------------------------------------------------------------------
 
 
@@ -539,6 +707,13 @@ def synthetic_rows():
         *(kernel | {"operation": "dispatch", "tokens": tokens, "sms": 8, "us": 10.0} for tokens in (1, 128)),
         *(jit | {"mode": m, "tokens": t, "us": 9.0} for m in ("low_latency", "high_throughput") for t in (1, 64)),
         jit | {"by": "all_to_all", "tokens": 64, "us": 20.0, "layout": None},
+        *(
+            row
+            | {"operation": "step", "layout": "batched", "mode": "low_latency", "graph": graph, "tokens": tokens}
+            | {"us": 300.0, "host_us": 90.0, "layers": 4}
+            for graph in (True, False)
+            for tokens in (1, 128)
+        ),
         kernel | {"operation": "dispatch", "tokens": 64, "sms": 16, "us": None, "error": "failed: x"},
     ]
 
@@ -560,6 +735,20 @@ def test_every_picture_is_drawn_where_there_is_data_and_none_without(tmp_path, c
         "model-nodes.svg"
     }  # the model needs no row of this machine
     assert capsys.readouterr().err.count("no data of another") == len(pictures) - 1
+
+
+def test_the_crossover_of_the_table_is_marked(tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    plots, table = module("plots"), tmp_path / "tuning.json"
+    entry = {"device": "GPU", "ranks": 2, "layout": "expert", "row_bytes": 14336, "low_latency_up_to": 64}
+    table.write_text(json.dumps([entry | {"layout": "rank", "low_latency_up_to": 1}, entry]))
+    monkeypatch.setattr(module("tune"), "TABLE", table)
+    rows = [row for row in synthetic_rows() if row["operation"] == "pair"]
+    assert plots.crossover(rows[0]) == 64
+    for other in ({"hidden": 2880}, {"ranks": 4}, {"machine": "2 x other"}, {"wire": "fp8"}):
+        assert plots.crossover(rows[0] | other) is None
+    figure = plots.modes(rows)
+    assert [text.get_text() for text in figure.axes[0].texts] == ['"auto": low latency up to 64']
 
 
 def test_pictures_of_the_readme_are_there_and_small():

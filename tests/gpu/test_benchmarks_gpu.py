@@ -55,6 +55,37 @@ def test_calls_inside_jit_are_timed(tmp_path, launch):
     }
 
 
+def test_steps_and_calls_of_decode_size_are_timed(tmp_path):
+    sizes = [
+        "--tokens",
+        "16",
+        "1",
+        "--hidden",
+        "1024",
+        "--experts",
+        "16",
+        "--topk",
+        "2",
+        "--layers",
+        "2",
+        "--calls",
+        "8",
+    ]
+    some = ["--programs", "40", "--steps", "40", "--samples", "20", "--most-calls", "200", "--idle-ms", "0", "5"]
+    rows = run(tmp_path / "decode.json", "decode", "--quick", "--budget-s", "200", *sizes, *some)
+    assert {row["error"] for row in rows} == {None}
+    assert {row["part"] for row in rows} == {"programs", "step", "calls", "idle", "late"}
+    assert {(row["by"], row["graph"]) for row in rows if row["part"] == "step"} == {
+        (by, graph) for by in ("jax_ep", "all_gather+psum_scatter") for graph in (True, False)
+    }
+    for row in rows:
+        assert 1 < row["us"] < 1e5 and row["graph"] == (row["part"] != "step" or row["graph"])
+        assert row["clock"].startswith("the device's") or row["part"] == "idle"
+        assert row["part"] != "idle" or 1 < row["device_us"] < row["us"]
+    delays = [row["delay_us"] for row in rows if row["part"] == "late"]
+    assert set(delays[::2]) == {0} and all(10 < delay < 40 for delay in delays[1::2])
+
+
 @pytest.mark.multiprocess
 @pytest.mark.skipif(len(jax.devices()) % 2 == 1, reason="needs an even number of GPUs")
 def test_a_process_a_gpu_is_timed_beside_one_for_all(tmp_path):
