@@ -42,9 +42,13 @@ def find_nvcc() -> Path:
 
 
 def kernel_sources() -> list[Path]:
-    """The library's files that stand without XLA, Python and NVSHMEM: kernels, launchers, groups."""
+    """The library's files that stand without XLA, Python and a network: kernels, launchers, groups of one node.
+
+    internode/transport.cuh declares what only NVSHMEM, or a stand-in for it, defines.
+    """
+    others = re.compile("xla/|nanobind|nvshmem|internode/transport")
     files = sorted([*ROOT.glob("ffi/*/*.cu"), *ROOT.glob("ffi/*/*.cc")])
-    return [path for path in files if not any(re.match("xla/|nanobind|nvshmem", name) for name in included(path))]
+    return [path for path in files if not any(others.match(name) for name in included(path))]
 
 
 def included(path: Path) -> set[str]:
