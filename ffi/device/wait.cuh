@@ -36,7 +36,7 @@ struct Call : AnyCall {
 
   __device__ Window* Peer(int peer) const { return group->window[peer]; }
   // Later than every call of this generation: who reads it as a post knows that this rank takes part in none of them.
-  __device__ uint64_t Farewell() const { return (epoch | 0xffffffffull) << kStateBits | kGone; }
+  __device__ uint64_t Farewell() const { return (epoch | kMaxCount) << kStateBits | kGone; }
 };
 
 // An address from the mail of `peer`, which may be another process's: where this process maps the same memory.
@@ -161,6 +161,14 @@ __device__ __forceinline__ void Refuse(const AnyCall& call) {
             static_cast<unsigned long long>(call.epoch));
 }
 
+// What `epoch` becomes with this call. The last of a generation is told as a failure, on every rank alike, and calls
+// that come before the next generation have its number again: they fail.
+__device__ __forceinline__ uint64_t CountCall(const AnyCall& call) {
+  if (CountOf(call.epoch) < kMaxCount) return call.epoch;
+  Fail(call, kCounted, call.rank, 0, 0, 0);
+  return call.epoch - 1;
+}
+
 // The last thing a block does, by all its threads. True for the last block of the grid to arrive, in all its threads,
 // which then clears the results if HasFailed and calls EndCall.
 __device__ __forceinline__ bool IsLastBlock(const Call& call) {
@@ -180,7 +188,7 @@ __device__ __forceinline__ void EndCall(const Call& call) {
   if (threadIdx.x == 0) {
     call.window->exits = 0;
     __threadfence();
-    call.window->epoch = call.epoch;
+    call.window->epoch = CountCall(call);
   }
 }
 

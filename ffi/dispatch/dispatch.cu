@@ -43,8 +43,11 @@ __device__ void SendCachedWeights(const DispatchPlan& plan, const Call& call, co
   }
 }
 
-// All routing warps of a send block. A release of what they wrote to the publisher among them.
-__device__ __forceinline__ void SyncRouteWarps() { asm volatile("bar.sync 1, %0;" ::"n"(32 * kRouteWarps) : "memory"); }
+// All warps of a block that neither send nor encode. In a send block a release of what the routing warps wrote to the
+// publisher among them.
+__device__ __forceinline__ void SyncCopyWarps(bool send_block) {
+  asm volatile("bar.sync 1, %0;" ::"r"(32 * (send_block ? kRouteWarps : kDispatchWarps)) : "memory");
+}
 
 template <bool kEncodes>
 __global__ void __launch_bounds__(DispatchThreads(kEncodes), 1)
@@ -110,11 +113,7 @@ __global__ void __launch_bounds__(DispatchThreads(kEncodes), 1)
       StoreReleaseShared(&shared.sent[warp], met ? kSenderDone : kSenderDone | kSenderGone);
     }
   } else if (kEncodes && warp >= kDispatchWarps) {
-    if (!send_block) {
-      __syncthreads();  // the copiers' below
-    } else if (met) {
-      EncodeRows(plan, shared, send_stages, warp - kDispatchWarps);
-    }
+    if (send_block && met) EncodeRows(plan, shared, send_stages, warp - kDispatchWarps);
   } else {
     if (met && warp == kDispatchWarps - 1) {
       const int num_local = p.num_experts / call.num_ranks;
@@ -129,11 +128,7 @@ __global__ void __launch_bounds__(DispatchThreads(kEncodes), 1)
       if (!cached && p.layout != Layout::kRank) WriteExpertSlots(plan, call, notify, shared, warp - kSendWarps);
     }
     FenceProxyAsyncShared();  // zeros are read, and the copiers' stages filled, by bulk copies
-    if (send_block) {
-      SyncRouteWarps();
-    } else {
-      __syncthreads();
-    }
+    SyncCopyWarps(send_block);
     if (send_block && warp == kPublishWarp) {
       Publish(plan, call, shared, met);
     } else if (met) {

@@ -12,7 +12,7 @@
 
 namespace jax_ep {
 
-// Barriers 0 and 1 are the block's and the routing warps'.
+// Barriers 0 and 1 are the block's and the copying warps'.
 __device__ __forceinline__ void MeetTeam(int team) {
   __syncwarp();
   asm volatile("bar.sync %0, %1;" ::"r"(2 + team), "n"(32 * (1 + kEncoders)) : "memory");

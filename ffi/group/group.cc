@@ -104,17 +104,22 @@ const char* const kPhases[] = {"meet (the peer's post)",
                                "reuse (the peer's end of an earlier call; is each start followed by its done?)",
                                "lines (what the peer sends)",
                                "in flight",
-                               "full"};
+                               "full",
+                               "counted"};
 
 std::string InWords(const Status& status, const std::string& who, const std::string& whom, uint64_t timeout_ns) {
   const uint64_t seen = status.seen, epoch = status.epoch;
   const auto state = [](uint64_t flag) {
     return StateOf(flag) == kGone ? "gone" : StateOf(flag) == kDone ? "done" : std::to_string(StateOf(flag));
   };
-  const auto number = [](uint64_t epoch) { return std::to_string(epoch & 0xffffffff); };
+  const auto number = [](uint64_t epoch) { return std::to_string(CountOf(epoch)); };
   if (status.phase == kInFlight) {
     return std::string(kOperations[status.operation]) + ": " + who +
            " was given a value in flight that no start of this group has made, or one from before its mask changed";
+  }
+  if (status.phase == kCounted) {
+    return std::string(kOperations[status.operation]) + ": " + who + " has counted " + number(status.epoch) +
+           " calls of the group, which is as far as it can; the next run begins anew";
   }
   if (status.phase == kFull) {
     return std::string(kOperations[status.operation]) + ": " + who + " began a start while " +
@@ -533,6 +538,10 @@ const Group::Generation& Group::GenerationOf(uint64_t run) const {
 
 // Called with the mutex held.
 std::string Group::Begin(const Generation& generation, int rank, cudaStream_t stream) {
+  if (generation.number >= kMaxGenerations) {
+    return "it has begun anew " + std::to_string(kMaxGenerations - 1) +
+           " times, after failures and with other dead_devices, which is as often as it can. Start the process anew";
+  }
   ranks_[rank].generation = generation.number;
   ranks_[rank].dead = generation.dead;
   Ledgers ledgers{};

@@ -2,6 +2,8 @@
 // field. The only place that knows the layout, for host and device; GroupView is how a kernel finds the windows.
 #pragma once
 
+#include <cuda_runtime_api.h>
+
 #include <cstddef>
 #include <cstdint>
 
@@ -15,14 +17,17 @@ constexpr int kMaxChunks = 2048;    // parts of a rank's tokens, each with a fla
 constexpr int kNumAddresses = 8;
 
 // A flag is epoch << kStateBits | state, and only grows. An epoch is generation << kCountBits | number of the call: the
-// host begins a new generation after a failure.
-constexpr int kStateBits = 24, kCountBits = 32;
+// host begins a new generation after a failure, with a new mask, and when the calls of one are used up.
+constexpr int kStateBits = 20, kCountBits = 34;
+constexpr uint64_t kMaxCount = (uint64_t{1} << kCountBits) - 1;
+constexpr uint64_t kMaxGenerations = uint64_t{1} << (64 - kStateBits - kCountBits);
 constexpr uint32_t kPosted = 1;
-constexpr uint32_t kDone = 0x7fffff;
-constexpr uint32_t kGone = 0xffffff;
-constexpr int kMaxSteps = 1 << 23;  // of a lane
+constexpr uint32_t kDone = 0x7ffff;
+constexpr uint32_t kGone = 0xfffff;
+constexpr int kMaxSteps = 1 << 19;  // of a lane
 
 constexpr uint64_t MakeFlag(uint64_t epoch, uint32_t state) { return epoch << kStateBits | state; }
+constexpr __host__ __device__ uint64_t CountOf(uint64_t epoch) { return epoch & kMaxCount; }
 constexpr uint64_t EpochOf(uint64_t flag) { return flag >> kStateBits; }
 constexpr uint32_t StateOf(uint64_t flag) { return static_cast<uint32_t>(flag) & kGone; }
 
@@ -63,13 +68,13 @@ struct GroupView {
   Status* status;
   Window* window[kMaxRanks];
   uint64_t shift[kMaxRanks];  // what makes an address in that rank's mail one of this process; 0 in its own
-  // generation << 32 | a bit for each masked rank: one word, so that a rank's calls change both at once. Written by
+  // generation << kCountBits | a bit for each masked rank: one word, so that a rank's calls change both at once. Written by
   // own kernels between calls; it only grows.
   uint64_t membership;
   uint64_t masked_since;  // the generation in which the mask last changed
 };
 
 enum Operation : uint32_t { kDispatch, kDispatchCached, kNotify, kCombine, kBarrier, kCombineGrad };
-enum Phase : uint32_t { kMeet, kRows, kLeave, kRefused, kReuse, kLines, kInFlight, kFull };
+enum Phase : uint32_t { kMeet, kRows, kLeave, kRefused, kReuse, kLines, kInFlight, kFull, kCounted };
 
 }  // namespace jax_ep

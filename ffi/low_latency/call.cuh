@@ -28,8 +28,7 @@ struct ArenaCall : AnyCall {
   __device__ int SlotOf(uint64_t of) const { return static_cast<int>(static_cast<uint32_t>(of) & (arenas->depth - 1)); }
   // What every peer must have read, or for the first calls of a generation begun, before this call's lines are stored.
   __device__ uint64_t ReuseNeeds() const {
-    return static_cast<uint32_t>(epoch) > static_cast<uint32_t>(arenas->depth) ? epoch - arenas->depth
-                                                                               : generation_begin;
+    return CountOf(epoch) > static_cast<uint64_t>(arenas->depth) ? epoch - arenas->depth : generation_begin;
   }
   // What `source` sends to `owner` in this call.
   __device__ char* Lines(int owner, int source, int64_t source_bytes) const {
@@ -102,8 +101,9 @@ __device__ __forceinline__ ArenaCall BeginArenaCall(const LowLatencyParams& para
     }
     if (refused && lane == 0 && call.of_this_generation && !none) Refuse(call);
     // Calls of a rank run one after another, so a done that has not begun yet never will while this start waits for it.
-    if (params.half == Half::kStart && static_cast<uint32_t>(call.epoch) > static_cast<uint32_t>(call.arenas->depth) &&
-        LoadRelaxedSys(&own->finished[call.SlotOf(call.epoch)]) < call.epoch - call.arenas->depth) {
+    const auto depth = static_cast<uint64_t>(call.arenas->depth);
+    if (params.half == Half::kStart && CountOf(call.epoch) > depth &&
+        LoadRelaxedSys(&own->finished[call.SlotOf(call.epoch)]) < call.epoch - depth) {
       if (lane == 0 && !refused) Fail(call, kFull, call.rank, call.arenas->depth, 0, 0);
       failed = true;
     }
@@ -155,7 +155,7 @@ __device__ inline void Keep(const ArenaCall& call) {
     arena->entered = 0;
     arena->left[~call.turn & 1] = 0;
     arena->turn = call.turn + 1;
-    if (call.sends) arena->epoch = call.epoch;
+    if (call.sends) arena->epoch = CountCall(call);
   }
 }
 

@@ -568,11 +568,11 @@ __global__ void __launch_bounds__(kLowLatencyThreads, 1)
     bool known;
     if (is_receiver) {
       known = FindPlaces(work, call, places, table);
-      if (ReceiverThread() == 0) places.words->known = known;
+      if (ReceiverThread() == 0) StoreReleaseShared(&places.words->known, known);
       TellPlaces();
     } else {
       AwaitPlaces();
-      known = places.words->known != 0;
+      known = LoadAcquireShared(&places.words->known) != 0;
       Mark(Moment::kJoined);
     }
     failed = failed || !known || !DoJobs(work, call, places);

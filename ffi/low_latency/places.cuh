@@ -49,7 +49,7 @@ struct DispatchWork {
 struct PlacesShared {
   struct Words {
     unsigned int next_job;  // of this block, counted from 0
-    int32_t known;          // whether the places were found
+    uint32_t known;         // whether the places were found
     int32_t end;            // rows wanted here, padding included; "batched": their number
     int32_t none;
   };

@@ -402,6 +402,19 @@ void Forks() {
   TakeBegun();
 }
 
+// Epochs have room for so many generations; what comes after is refused, not taken for an early one.
+void ManyGenerations() {
+  Group& group = Group::OfDevices({11, 10});
+  std::string told;
+  for (uint64_t i = 0; i < 2 * kMaxGenerations && told.empty(); ++i) {
+    Group::SetDead(i % 2 == 0 ? std::vector<int>{11} : std::vector<int>{});
+    told = group.Enter(1, 20000 + static_cast<int64_t>(i), nullptr);
+  }
+  EXPECT(Has(told, "begun anew 1023 times") && Has(told, "Start the process anew"));
+  for (const auto& [rank, generation] : TakeBegun()) EXPECT(generation < kMaxGenerations);
+  EXPECT(!group.Enter(1, 30000, nullptr).empty());
+}
+
 void Unknown() {
   EXPECT(Group::DeviceOf(0) == 10 && Group::DeviceOf(1) == 11);
   try {
@@ -426,6 +439,7 @@ int main() {
   Masks();
   Forks();
   Unknown();
+  ManyGenerations();
   Group::SetTimeout(1.5);
   EXPECT(Group::OfDevices({11, 12, 10}).view(0)->timeout_ns == 1'500'000'000);
   std::printf("GROUP OK\n");

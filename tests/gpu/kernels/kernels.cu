@@ -88,6 +88,25 @@ int Small() {
   return ok ? 0 : 1;
 }
 
+// A rank that does not call is told, then masked: the others go on.
+bool GoOnWithout() {
+  Case c{"after a failure, masked", 3, 100, 4, 24, Layout::kExpert, 8, 0, 0, RowDtype::kBfloat16, 512};
+  Ranks& ranks = Ranks::Of(3);
+  bool ok = CheckCase(c);
+  ranks.absent = 2;
+  ranks.Launch([&](int r, cudaStream_t stream) {
+    static Memory memory(ranks.device[r]);
+    return LaunchBarrier(ranks.group.view(r), false, memory.Make<int32_t>(1, 0), stream);
+  });
+  const bool told = !ranks.Wait() && ranks.failure.find("waited for rank 1") != std::string::npos;
+  std::printf("rank 1 never calls: told %d\n", told);
+  c.dead = 2;
+  for (int repeat = 0; repeat < 3; ++repeat) ok &= told && CheckCase(c);
+  c.dead = 0;
+  ok &= CheckCase(c);
+  return ok;
+}
+
 int Masked() {
   bool ok = true;
   for (int R : {2, 3, 4, 8}) {
@@ -101,24 +120,37 @@ int Masked() {
       ok &= CheckCase(SmallCases(R)[0]);  // all together again
     }
   }
-  // A rank that does not call is told, then masked: the others go on.
   Group::SetTimeout(0.5);
-  Case c{"after a failure, masked", 3, 100, 4, 24, Layout::kExpert, 8, 0, 0, RowDtype::kBfloat16, 512};
-  Ranks& ranks = Ranks::Of(3);
-  ok &= CheckCase(c);
-  ranks.absent = 2;
-  ranks.Launch([&](int r, cudaStream_t stream) {
-    static Memory memory(ranks.device[r]);
-    return LaunchBarrier(ranks.group.view(r), false, memory.Make<int32_t>(1, 0), stream);
-  });
-  const bool told = !ranks.Wait() && ranks.failure.find("waited for rank 1") != std::string::npos;
-  std::printf("rank 1 never calls: told %d\n", told);
-  c.dead = 2;
-  for (int repeat = 0; repeat < 3; ++repeat) ok &= told && CheckCase(c);
-  c.dead = 0;
-  ok &= CheckCase(c);
+  ok &= GoOnWithout();
   std::printf("%s\n", ok ? "MASKED OK" : "MASKED FAILED");
   return ok ? 0 : 1;
+}
+
+// The calls of a generation are used up: that is told, and the next begins.
+bool CheckLastCalls(const Case& c) {
+  Ranks& ranks = Ranks::Of(2);
+  std::vector<std::unique_ptr<Memory>> memory;
+  std::vector<int32_t*> came;
+  for (int r = 0; r < 2; ++r) {
+    GroupView view;
+    memory.push_back(std::make_unique<Memory>(ranks.device[r]));
+    came.push_back(memory[r]->Make<int32_t>(1, 0));
+    CHECK_CUDA(cudaDeviceSynchronize());
+    CHECK_CUDA(cudaMemcpy(&view, ranks.group.view(r), sizeof view, cudaMemcpyDeviceToHost));
+    uint64_t epoch;
+    CHECK_CUDA(cudaMemcpy(&epoch, &view.window[r]->epoch, sizeof epoch, cudaMemcpyDeviceToHost));
+    epoch = (epoch & ~kMaxCount) + kMaxCount - 3;
+    CHECK_CUDA(cudaMemcpy(&view.window[r]->epoch, &epoch, sizeof epoch, cudaMemcpyHostToDevice));
+  }
+  bool ok = true;
+  for (int call = 0; call < 5 && ok; ++call) {
+    ranks.Launch([&](int r, cudaStream_t s) { return LaunchBarrier(ranks.group.view(r), false, came[r], s); });
+    const bool last = call == 2;
+    ok &= ranks.Wait() != last;
+    if (last) ok &= ranks.failure.find("has counted 17179869183 calls") != std::string::npos;
+  }
+  std::printf("the last calls of a generation: %s\n", ok ? "told" : "NOT TOLD");
+  return ok && CheckCase(c);
 }
 
 int Timeout() {
@@ -171,6 +203,7 @@ int Timeout() {
       ok &= told && zero && CheckCase(c);
     }
   }
+  ok &= CheckLastCalls(c);
   std::printf("%s\n", ok ? "TIMEOUT OK" : "TIMEOUT FAILED");
   return ok ? 0 : 1;
 }
