@@ -269,17 +269,16 @@ def test_calls_compile_on_a_stream_beside_the_main_one(mesh, kwargs):
 
 def test_halves_of_high_throughput_are_asked_for_by_name(mesh):
     compiled = compile_for_gpus(mesh, network(mesh, mode="auto", halves=True))
-    assert launches(compiled) == ["notify"] and "all-gather" in collectives(compiled)
+    assert launches(compiled) == ["notify", "dispatch_cached", "combine"] and not collectives(compiled)
 
 
-def test_without_landings_halves_are_the_references(mesh, monkeypatch):
+def test_without_landings_a_whole_call_is_one_of_the_halves(mesh, monkeypatch):
     monkeypatch.setattr(group, "make_landings", lambda groups, window_bytes: False)
     compiled = compile_for_gpus(mesh, network(mesh, halves=True))
-    assert launches(compiled) == ["notify"]
-    assert set(collectives(compiled)) == {"all-gather", "all-to-all"}
+    assert launches(compiled) == ["notify", "dispatch_cached", "combine"] and not collectives(compiled)
 
 
-def test_halves_under_vmap_are_the_references(mesh):
+def test_halves_under_vmap_are_whole_calls(mesh):
     def on_gpus(f):
         sharded = jax.shard_map(f, mesh=mesh, in_specs=(P("expert"), P(), P()), out_specs=P("expert"))
         return compile_for_gpus(mesh, sharded)
@@ -294,7 +293,10 @@ def test_halves_under_vmap_are_the_references(mesh):
         return f
 
     for mode in ("low_latency", "high_throughput"):
-        assert not any(name.endswith(("start", "done")) for name in launches(on_gpus(vmapped(mode))))
+        calls = launches(on_gpus(vmapped(mode)))
+        assert not any(name.endswith(("start", "done")) for name in calls) and {"dispatch_cached", "combine"} <= set(
+            calls
+        )
 
 
 @pytest.mark.parametrize("layout", ["expert", "rank", "batched"])
@@ -382,7 +384,7 @@ def test_over_nodes_the_calls_are_the_same_by_kernels_of_their_own(mesh, layout,
     assert set(collectives(compiled)) <= {"all-reduce"}  # of the replicated parameters' gradients
 
 
-def test_over_nodes_values_and_scales_go_in_one_call_and_halves_by_the_collectives(mesh, monkeypatch):
+def test_over_nodes_values_and_scales_go_in_one_call_and_halves_are_whole_calls(mesh, monkeypatch):
     monkeypatch.setattr(group, "make_arenas", lambda groups, window_bytes: False)
     monkeypatch.setattr(group, "make_landings", lambda groups, window_bytes: False)
     monkeypatch.setattr(group, "spans_nodes", lambda groups: True)
@@ -391,7 +393,8 @@ def test_over_nodes_values_and_scales_go_in_one_call_and_halves_by_the_collectiv
     (dispatch,) = re.findall(r"= \((.*?)\) custom-call.*internode_dispatch\"", compiled.as_text())
     assert f"f8e4m3fn[{5 * T},{H}]" in dispatch and f"f32[{5 * T},{H // 128}]" in dispatch
     halves = compile_for_gpus(mesh, network(mesh, mode="low_latency", halves=True))
-    assert launches(halves) == ["internode_notify"] and "all-gather" in collectives(halves)
+    assert launches(halves) == ["internode_notify", "internode_dispatch_cached", "internode_combine"]
+    assert not collectives(halves)
 
 
 def test_a_barrier_over_nodes_is_one_kernel(mesh, monkeypatch):

@@ -141,7 +141,7 @@ def _register(primitive: compat.Primitive, rule: Any) -> None:
             results = primitive.bind(*args, **params)
             return results, [None] * len(results)
         if primitive in _HALVES:
-            params["routing"] = dataclasses.replace(params["routing"], mode="reference")
+            params["routing"] = dataclasses.replace(params["routing"], mode="whole")
         return rule(axis_data, args, dims, **params)
 
     compat.batching.fancy_primitive_batchers[primitive] = batch

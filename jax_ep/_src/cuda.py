@@ -1,9 +1,9 @@
 """The primitives on CUDA: which kernel serves a call, and what it is told. The table at the end says which primitives have one.
 
 Whatever a kernel does not take falls back, with the same meaning: from low latency to high throughput (too little memory
-is shared between processes), from there to the reference: no peer access, empty arrays, shapes beyond the kernel's limits;
-of halves also those without memory for what is in flight (ffi/halves/). Groups over several nodes have kernels of their own,
-which take what the others take but halves; there low latency is one hop instead of two. Neighbours: group.py finds the
+is shared between processes), from there to the reference: no peer access, empty arrays, shapes beyond the kernel's limits.
+Where no kernel serves a half, one half does nothing and the other is the whole call. Groups over several nodes have kernels of
+their own, which take what the others take but halves; there low latency is one hop instead of two. Neighbours: group.py finds the
 devices, ffi/*/*_ffi.cc are the other side.
 """
 
@@ -255,7 +255,7 @@ def _dispatch_cached(ctx: Any, *operands: Any, routing: Routing, num_rows: int, 
 # ---- halves ----------------------------------------------------------------------------------------------------------
 #
 # Both halves of a call ask the same questions of the same sizes, so they are served alike. Low latency first, then the
-# kernels of ffi/halves/, then the reference.
+# kernels of ffi/halves/, then a whole call in the place of one of them.
 
 
 def _with_room(
@@ -273,7 +273,7 @@ def _with_room(
 
 def _holds_in_flight(routing: Routing, token_bytes: int) -> bool:
     """Whether the first array between the halves, [T, ...], is long enough for what a start leaves in it."""
-    return routing.mode != "reference" and routing.num_tokens * token_bytes >= IN_FLIGHT_BYTES
+    return routing.mode != "whole" and routing.num_tokens * token_bytes >= IN_FLIGHT_BYTES
 
 
 def _dispatch_landing(row_bytes: list[int], routing: Routing, has_weights: bool) -> int:
@@ -289,8 +289,8 @@ def _dispatch_landing(row_bytes: list[int], routing: Routing, has_weights: bool)
     )
 
 
-def _dispatch_half(meaning: Rule, low_latency: str, other: str) -> Rule:
-    """Lowering of dispatch_start or dispatch_done."""
+def _dispatch_half(otherwise: Rule, low_latency: str, other: str) -> Rule:
+    """Lowering of dispatch_start or dispatch_done; `otherwise` lowers it where no kernel of halves serves."""
 
     def rule(ctx: Any, *operands: Any, routing: Routing, num_rows: int, has_weights: bool) -> Any:
         payload, rows = ctx.avals_in[: num_rows + has_weights], ctx.avals_in[:num_rows]
@@ -304,8 +304,7 @@ def _dispatch_half(meaning: Rule, low_latency: str, other: str) -> Rule:
                 devices, routing, window, _dispatch_landing(sizes, routing, has_weights), low_latency, other
             )
         if target is None:
-            static = {"routing": routing, "num_rows": num_rows, "has_weights": has_weights}
-            return _reference(meaning)(ctx, *operands, **static)
+            return otherwise(ctx, *operands, routing=routing, num_rows=num_rows, has_weights=has_weights)
         return _call_dispatch(target, ctx, operands, routing, devices, num_rows, has_weights)
 
     return rule
@@ -468,7 +467,7 @@ def _dispatch_and_weigh(
 
 
 def _call_combine_half(
-    meaning: Rule,
+    otherwise: Rule,
     halves: tuple[str, str],
     ctx: Any,
     operands: Any,
@@ -476,7 +475,7 @@ def _call_combine_half(
     kinds: tuple[bool, bool, bool],
     **static: Any,
 ) -> Any:
-    """Lowers a half of a combine with rows, weights and carried gates as `kinds` says, or else its `meaning`."""
+    """Lowers a half of a combine with rows, weights and carried gates as `kinds` says; `otherwise` where no kernel of halves serves."""
     has_rows, has_weights, has_carried = kinds
     rows = ctx.avals_in[: int(has_rows)]
     wire = static.get("wire")
@@ -489,7 +488,7 @@ def _call_combine_half(
         landing = 0 if wire is not None else _combine_landing(rows, routing, has_carried)  # only low latency has one
         target = _with_room(devices, routing, window, landing, *halves)
     if target is None:
-        return _reference(meaning)(ctx, *operands, routing=routing, **static)
+        return otherwise(ctx, *operands, routing=routing, **static)
     attributes = _combine_attributes(routing, has_rows, has_weights, has_carried, devices)
     if target == halves[0]:
         attributes |= _int64(wire=wire is not None)
@@ -501,25 +500,24 @@ def _combine_start(
 ) -> Any:
     static: dict[str, Any] = {"routing": routing, "num_rows": num_rows, "has_weights": has_weights, "wire": wire}
     if num_rows > 1:
-        return _reference(reference.combine_start)(ctx, *operands, **static)
+        return _combine(ctx, *operands, **static)
     kinds = (num_rows == 1, False, has_weights)
-    return _call_combine_half(reference.combine_start, COMBINE_STARTS, ctx, operands, kinds=kinds, **static)
+    return _call_combine_half(_combine, COMBINE_STARTS, ctx, operands, kinds=kinds, **static)
 
 
 def _combine_weighted_start(ctx: Any, *operands: Any, routing: Routing, wire: str | None) -> Any:
-    return _call_combine_half(
-        reference.combine_weighted_start, COMBINE_STARTS, ctx, operands, routing, (True, True, False), wire=wire
-    )
+    return _call_combine_half(_combine_weighted, COMBINE_STARTS, ctx, operands, routing, (True, True, False), wire=wire)
 
 
 def _combine_done(
     ctx: Any, *operands: Any, routing: Routing, num_rows: int, has_weights: bool, wire: str | None
 ) -> Any:
     static: dict[str, Any] = {"routing": routing, "num_rows": num_rows, "has_weights": has_weights, "wire": wire}
+    nothing = _reference(reference.combine_done)
     if num_rows > 1:
-        return _reference(reference.combine_done)(ctx, *operands, **static)
+        return nothing(ctx, *operands, **static)
     kinds = (num_rows == 1, False, has_weights)
-    return _call_combine_half(reference.combine_done, COMBINE_DONES, ctx, operands, kinds=kinds, **static)
+    return _call_combine_half(nothing, COMBINE_DONES, ctx, operands, kinds=kinds, **static)
 
 
 for _primitive, _rule in (
@@ -528,11 +526,13 @@ for _primitive, _rule in (
     (primitives.dispatch_cached_p, _dispatch_cached),
     (
         primitives.dispatch_start_p,
-        _dispatch_half(reference.dispatch_start, targets.LOW_LATENCY_DISPATCH_START, targets.DISPATCH_START),
+        _dispatch_half(
+            _reference(reference.dispatch_start), targets.LOW_LATENCY_DISPATCH_START, targets.DISPATCH_START
+        ),
     ),
     (
         primitives.dispatch_done_p,
-        _dispatch_half(reference.dispatch_done, targets.LOW_LATENCY_DISPATCH_DONE, targets.DISPATCH_DONE),
+        _dispatch_half(_dispatch_cached, targets.LOW_LATENCY_DISPATCH_DONE, targets.DISPATCH_DONE),
     ),
     (primitives.combine_p, _combine),
     (primitives.combine_start_p, _combine_start),

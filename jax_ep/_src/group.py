@@ -156,7 +156,7 @@ def make_landings(groups: Groups, window_bytes: int) -> bool:
         if jax.process_count() > 1:
             raise RuntimeError(f"jax_ep: the halves of a call cannot be served: {why}") from error
         warnings.warn(
-            f"jax_ep: XLA's collectives, not the kernels, serve the halves of a call: {why}",
+            f"jax_ep: whole calls serve in the place of halves: {why}",
             RuntimeWarning,
             stacklevel=2,
         )

@@ -35,8 +35,8 @@ class Routing:
       layout: order of the result's rows.
       expert_alignment: group sizes of "expert" are multiples of it.
       expert_capacity: rows an expert of "batched", else 0.
-      mode: which kernel; never what is computed. Beside the MODES of a user, "reference": none, of halves for which
-        what is in flight must not be a kernel's.
+      mode: which kernel; never what is computed. Beside the MODES of a user, "whole": halves for which what is in
+        flight must not be a kernel's, so that one of them is the whole call.
       num_sms: upper bound for the streaming multiprocessors a kernel may occupy, None for its own choice.
     """
 
