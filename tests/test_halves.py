@@ -18,13 +18,21 @@ ONE_OF_A_KIND = [
 ]
 
 
-def whole(case, x, topk_idx, weights):
-    recv, handle = dispatch(case, x, topk_idx, weights)
+@pytest.fixture(params=["auto", "high_throughput"])
+def mode(request):
+    """High throughput's halves are asked for by name."""
+    if request.param == "high_throughput" and jax.default_backend() == "cpu":
+        pytest.skip("on CPU every mode is the reference")
+    return request.param
+
+
+def whole(case, mode, x, topk_idx, weights):
+    recv, handle = dispatch(case, x, topk_idx, weights, mode=mode)
     return recv, handle, jax_ep.combine(recv.x * recv.x, handle, None if case.layout == "rank" else recv.weights)
 
 
-def halved(case, x, topk_idx, weights):
-    pending = dispatch(case, x, topk_idx, weights, start_only=True)
+def halved(case, mode, x, topk_idx, weights):
+    pending = dispatch(case, x, topk_idx, weights, start_only=True, mode=mode)
     meanwhile = jnp.cos(x) @ jnp.ones((x.shape[1], 8), x.dtype)
     recv, handle = jax_ep.dispatch_done(pending)
     pending = jax_ep.combine_start(recv.x * recv.x, handle, None if case.layout == "rank" else recv.weights)
@@ -42,29 +50,29 @@ def arrays(case):
 
 
 @pytest.mark.parametrize("case", ONE_OF_A_KIND, ids=str)
-def test_halves_give_what_the_whole_gives(case):
-    expected = on_every_rank(case, functools.partial(whole, case))(*arrays(case))
-    assert_same_tree(on_every_rank(case, functools.partial(halved, case))(*arrays(case)), expected)
+def test_halves_give_what_the_whole_gives(case, mode):
+    expected = on_every_rank(case, functools.partial(whole, case, mode))(*arrays(case))
+    assert_same_tree(on_every_rank(case, functools.partial(halved, case, mode))(*arrays(case)), expected)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_halves_without_weights(layout):
+def test_halves_without_weights(layout, mode):
     small = case(layout)
     x, idx, _ = arrays(small)
 
     def f(x, idx):
-        recv, handle = jax_ep.dispatch_done(dispatch(small, x, idx, start_only=True))
+        recv, handle = jax_ep.dispatch_done(dispatch(small, x, idx, start_only=True, mode=mode))
         return recv, handle, jax_ep.combine_done(jax_ep.combine_start(recv.x, handle))
 
     def g(x, idx):
-        recv, handle = dispatch(small, x, idx)
+        recv, handle = dispatch(small, x, idx, mode=mode)
         return recv, handle, jax_ep.combine(recv.x, handle)
 
     assert_same_tree(on_every_rank(small, f)(x, idx), on_every_rank(small, g)(x, idx))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_derivatives_of_halves_are_those_of_the_whole(layout):
+def test_derivatives_of_halves_are_those_of_the_whole(layout, mode):
     small = case(layout)
     _, idx, _ = arrays(small)
     x, ct = (integers(seed, small.num_ranks, small.num_tokens, small.hidden) for seed in (2, 3))
@@ -73,9 +81,9 @@ def test_derivatives_of_halves_are_those_of_the_whole(layout):
     def derivatives(f):
         def g(x, idx, weights, ct):
             def loss(x, weights):
-                return (f(small, x, idx, weights)[2] * ct).sum()
+                return (f(small, mode, x, idx, weights)[2] * ct).sum()
 
-            tangent = jax.jvp(lambda x, weights: f(small, x, idx, weights)[2], (x, weights), (ct, weights))
+            tangent = jax.jvp(lambda x, weights: f(small, mode, x, idx, weights)[2], (x, weights), (ct, weights))
             return jax.grad(loss, (0, 1))(x, weights), tangent
 
         return on_every_rank(small, g)(x, idx, weights, ct)
@@ -84,14 +92,14 @@ def test_derivatives_of_halves_are_those_of_the_whole(layout):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_halves_under_vmap_scan_and_remat(layout):
+def test_halves_under_vmap_scan_and_remat(layout, mode):
     small = case(layout)
     x, idx, weights = arrays(small)
     xs = np.stack([x, -x, 2 * x], axis=1)  # [R, 3, T, H]
 
     def loop(f):
         def g(x, idx, weights):  # x[3, T, H]: what shard_map hands over, the batch first
-            one = jax.checkpoint(lambda x: f(small, x, idx, weights)[2])
+            one = jax.checkpoint(lambda x: f(small, mode, x, idx, weights)[2])
             return jax.vmap(one)(x), jax.lax.map(one, x), jnp.stack([one(x[i]) for i in range(3)])
 
         return on_every_rank(small, g)(xs, idx, weights)
@@ -102,25 +110,25 @@ def test_halves_under_vmap_scan_and_remat(layout):
 
 
 @pytest.mark.parametrize("wire", ["fp8", "fp8_ue8m0", "mxfp8"])
-def test_halves_in_a_wire_format(wire):
+def test_halves_in_a_wire_format(wire, mode):
     small = case("expert")
     x, idx, weights = arrays(small)
 
     def f(x, idx, weights):
-        return jax_ep.dispatch_done(dispatch(small, x, idx, weights, start_only=True, wire=wire))
+        return jax_ep.dispatch_done(dispatch(small, x, idx, weights, start_only=True, wire=wire, mode=mode))
 
-    expected = on_every_rank(small, functools.partial(dispatch, small, wire=wire))(x, idx, weights)
+    expected = on_every_rank(small, functools.partial(dispatch, small, wire=wire, mode=mode))(x, idx, weights)
     assert_same_tree(on_every_rank(small, f)(x, idx, weights), expected)
 
 
-def test_two_calls_in_flight_at_once_do_not_mix():
+def test_two_calls_in_flight_at_once_do_not_mix(mode):
     """Started in one order, finished in the other."""
     small = case("expert")
     x, idx, weights = arrays(small)
 
     def f(x, idx, weights):
-        first = dispatch(small, x, idx, weights, start_only=True)
-        second = dispatch(small, -x, idx[::-1], weights, start_only=True)
+        first = dispatch(small, x, idx, weights, start_only=True, mode=mode)
+        second = dispatch(small, -x, idx[::-1], weights, start_only=True, mode=mode)
         recv2, handle2 = jax_ep.dispatch_done(second)
         recv1, handle1 = jax_ep.dispatch_done(first)
         back1 = jax_ep.combine_start(recv1.x, handle1, recv1.weights)
@@ -128,8 +136,8 @@ def test_two_calls_in_flight_at_once_do_not_mix():
         return recv1, handle1, recv2, handle2, jax_ep.combine_done(back2), jax_ep.combine_done(back1)
 
     def g(x, idx, weights):
-        recv1, handle1 = dispatch(small, x, idx, weights)
-        recv2, handle2 = dispatch(small, -x, idx[::-1], weights)
+        recv1, handle1 = dispatch(small, x, idx, weights, mode=mode)
+        recv2, handle2 = dispatch(small, -x, idx[::-1], weights, mode=mode)
         return (
             recv1,
             handle1,

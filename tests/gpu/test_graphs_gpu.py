@@ -41,7 +41,8 @@ def halved(case):
 
     def f(x, topk_idx, weights):
         for i in range(LAYERS):
-            pending = dispatch(case, x[0] if i == 0 else x, topk_idx[i], weights[i], start_only=True)
+            x = x[0] if i == 0 else x
+            pending = dispatch(case, x, topk_idx[i], weights[i], start_only=True, mode="high_throughput")
             recv, handle = jax_ep.dispatch_done(pending)
             gates = None if case.layout == "rank" else recv.weights
             x = jax_ep.combine_done(jax_ep.combine_start(-recv.x, handle, gates))
