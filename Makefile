@@ -67,7 +67,7 @@ clean:
 dist/built: .venv/tools $(compiled) $(shell find jax_ep -name '*.py')
 	@echo "== dist: the wheel (a minute)"
 	@rm -rf dist
-	@.venv/bin/python -m pip wheel --quiet --disable-pip-version-check --no-deps --wheel-dir dist .
+	@.venv/bin/python -m pip wheel --quiet --disable-pip-version-check --no-build-isolation --no-deps --wheel-dir dist .
 	@touch $@
 
 .venv-newest/installed: dist/built
