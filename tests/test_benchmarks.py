@@ -117,7 +117,7 @@ def test_each_way_to_launch_is_a_process_whose_bad_end_is_recorded(tmp_path, mon
 
 
 @pytest.mark.multiprocess
-def test_rows_of_several_processes_stand_beside_those_of_one(tmp_path, capfd):
+def test_rows_of_several_processes_stand_beside_those_of_one(tmp_path, capfd, on_cpu):
     options = ["--layouts", "rank", "--operations", "pair", "--baselines", "all_to_all", "--calls", "2"]
     measure(tmp_path / "processes.json", "--cpu-devices", "4", "--processes", "1", "2", *options)
     rows = json.loads((tmp_path / "processes.json").read_text())
@@ -146,7 +146,7 @@ def test_processes_that_do_not_divide_the_devices_are_refused(capsys):
 
 
 @pytest.mark.parametrize("layout", ["expert", "rank"])
-def test_overlap_measures_what_a_product_between_the_halves_hides(tmp_path, capsys, layout):
+def test_overlap_measures_what_a_product_between_the_halves_hides(tmp_path, capsys, layout, on_cpu):
     out = tmp_path / "overlap.json"
     options = ["--cases", "expert", "--layouts", layout, "--calls", "2", "--samples", "3", "--product-rows", "8"]
     assert module("overlap").main([*options, "--times", "0.1", "--out", str(out)]) == 0
@@ -560,7 +560,7 @@ def test_what_matters_most_is_measured_first_and_nothing_twice():
     }
 
 
-def test_a_step_is_the_same_by_batches_by_groups_and_by_collectives():
+def test_a_step_is_the_same_by_batches_by_groups_and_by_collectives(on_cpu):
     decode, programs = module("decode"), module("programs")
     setting = programs.Setting.of(Case("step", 6, 16, 2, 8, 4, dtype="float32"), expert_hidden=8)
     x, _, _ = setting.inputs()

@@ -24,6 +24,7 @@ class DispatchLayout(NamedTuple):
     is_token_in_rank: jax.Array
 
 
+@compat.on_the_callers_stream
 def dispatch_layout(topk_idx: jax.Array, *, num_experts: int, num_ranks: int) -> DispatchLayout:
     """Counts where tokens would go. Needs no mesh axis and talks to nobody.
 

@@ -28,9 +28,11 @@ def run(out, name, *options, memory=(("XLA_PYTHON_CLIENT_PREALLOCATE", "false"),
     env = os.environ | dict(memory)
     done = subprocess.run(command, capture_output=True, text=True, timeout=280, cwd=ROOT, env=env, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
+    print(done.stderr)  # what a row that failed only begins to say
     return json.loads(out.read_text())
 
 
+@pytest.mark.timeout(400)  # nvcc takes a minute or two of it
 def test_the_kernels_are_timed(tmp_path):
     try:
         importlib.import_module("benchmarks.native").find_nvcc()
@@ -55,6 +57,7 @@ def test_calls_inside_jit_are_timed(tmp_path, launch):
     }
 
 
+@pytest.mark.timeout(400)
 def test_steps_and_calls_of_decode_size_are_timed(tmp_path):
     sizes = [
         "--tokens",
@@ -83,7 +86,7 @@ def test_steps_and_calls_of_decode_size_are_timed(tmp_path):
         assert row["clock"].startswith("the device's") or row["part"] == "idle"
         assert row["part"] != "idle" or 1 < row["device_us"] < row["us"]
     delays = [row["delay_us"] for row in rows if row["part"] == "late"]
-    assert set(delays[::2]) == {0} and all(10 < delay < 40 for delay in delays[1::2])
+    assert set(delays[::2]) == {0} and all(5 < delay < 100 for delay in delays[1::2])
 
 
 @pytest.mark.multiprocess

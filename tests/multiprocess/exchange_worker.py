@@ -354,8 +354,7 @@ def core_on_gpus():
         checks[f"{check.__name__}, low latency"] = lambda check=check: check(
             on_all_gpus("expert-eight-ranks"), mode="low_latency"
         )
-    for name in ("expert-eight-ranks", "batched-eight-ranks"):
-        checks[f"halves, high throughput, {name}"] = lambda name=name: halves(on_all_gpus(name), mode="high_throughput")
+    checks["halves, high throughput"] = lambda: halves(on_all_gpus("expert-eight-ranks"), mode="high_throughput")
     checks |= {f"exchange {name}": lambda name=name: exchange(on_all_gpus(name)) for name in EXCHANGES}
     for layout in ("expert", "rank", "batched"):
         checks[f"gradients {layout}"] = lambda layout=layout: gradients(layout, on_all_gpus(f"{layout}-eight-ranks"))
@@ -381,7 +380,7 @@ def both_here(name):
 def comes_late(mode, graph):
     """Process 1 stays away from a call, then comes: both learn of it, and after initialize both are right again."""
     jax_ep.initialize()
-    jax_ep.config.timeout = 2.0
+    jax_ep.config.timeout = 6.0
     call, me, num_ranks = small_call(mode, graph), jax.process_index(), jax.device_count()
     assert all((call(i) == i * num_ranks).all() for i in range(3))  # captured, then replayed
     both_here("right")

@@ -218,7 +218,7 @@ def comes_late():
     from exchange_worker import error_of
 
     jax_ep.initialize()
-    jax_ep.config.timeout = 2.0
+    jax_ep.config.timeout = 6.0
     call, me, num_ranks = small_call(), jax.process_index(), jax.device_count()
     assert (call(1) == num_ranks).all()
     both_here("right")

@@ -68,11 +68,11 @@ def test_a_process_that_comes_late_is_named_and_initialize_makes_all_right_again
     how = {"mode": mode, "graph": graph}
     first, second = launch.run("exchange_worker:comes_late", gpus=two_processes(), arguments=how)
     (missed, seconds), (refused, at_once) = first["errors"]
-    assert "rank 0 of process 0 waited for rank 1 of process 1" in missed and 1.9 < seconds < 20
+    assert "rank 0 of process 0 waited for rank 1 of process 1" in missed and 5.9 < seconds < 40
     assert "Call jax_ep.initialize() in every process" in missed
-    assert "waited for rank 1 of process 1" in refused and at_once < 1.9
+    assert "waited for rank 1 of process 1" in refused and at_once < 5.5
     ((told, soon),) = second["errors"]
-    assert "rank 1 of process 1 waited for rank 0 of process 0" in told and "given" in told and soon < 1.9
+    assert "rank 1 of process 1 waited for rank 0 of process 0" in told and "given" in told and soon < 5.5
     assert first["right"] == second["right"] == [True] * 4
 
 
@@ -81,7 +81,7 @@ def test_a_process_that_is_killed_in_a_call_is_named_in_time_and_a_new_job_start
     how = {"mode": mode, "graph": graph}
     seen, _ = launch.run("exchange_worker:is_killed", gpus=two_processes(), arguments=how, dies=1)
     assert seen["error"] and "waited for rank 1 of process 1" in seen["error"]
-    assert seen["seconds"] < 10 and seen["calls"] > 0  # the deadline is 3 s
+    assert seen["seconds"] < 20 and seen["calls"] > 0  # the deadline is 3 s
     assert launch.run("exchange_worker:starts_and_calls", gpus=two_processes()) == [[True, True]] * 2
 
 

@@ -49,10 +49,10 @@ def test_nodes_exchange_as_the_oracle_says(shape):
 def test_a_process_that_comes_late_is_named_and_initialize_makes_all_right_again():
     first, second = on_nodes("two nodes of one", "comes_late")
     (missed, seconds), (refused, at_once) = first["errors"]
-    assert "rank 0 of process 0 waited for rank 1 of process 1" in missed and 1.9 < seconds < 20
-    assert "waited for rank 1 of process 1" in refused and at_once < 1.9
+    assert "rank 0 of process 0 waited for rank 1 of process 1" in missed and 5.9 < seconds < 40
+    assert "waited for rank 1 of process 1" in refused and at_once < 5.5
     ((told, soon),) = second["errors"]
-    assert "rank 1 of process 1 waited for rank 0 of process 0" in told and "given" in told and soon < 1.9
+    assert "rank 1 of process 1 waited for rank 0 of process 0" in told and "given" in told and soon < 5.5
     assert first["right"] == second["right"] == [True] * 4
 
 
