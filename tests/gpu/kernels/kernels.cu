@@ -120,7 +120,7 @@ int Masked() {
       ok &= CheckCase(SmallCases(R)[0]);  // all together again
     }
   }
-  Group::SetTimeout(0.5);
+  Group::SetTimeout(1.5);
   ok &= GoOnWithout();
   std::printf("%s\n", ok ? "MASKED OK" : "MASKED FAILED");
   return ok ? 0 : 1;

@@ -540,7 +540,7 @@ int Masked() {
     }
   }
   // A rank that does not call is told, then masked: the others go on, with the same routing and with new ones.
-  Group::SetTimeout(0.5);
+  Group::SetTimeout(1.5);
   Case c{"after a failure, masked", 3, 60, 4, 24, Layout::kExpert, 8, 0, 0, RowDtype::kBfloat16, 512};
   Finish(c);
   {
