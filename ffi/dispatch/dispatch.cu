@@ -46,7 +46,11 @@ __device__ void SendCachedWeights(const DispatchPlan& plan, const Call& call, co
 // All warps of a block that neither send nor encode. In a send block a release of what the routing warps wrote to the
 // publisher among them.
 __device__ __forceinline__ void SyncCopyWarps(bool send_block) {
-  asm volatile("bar.sync 1, %0;" ::"r"(32 * (send_block ? kRouteWarps : kDispatchWarps)) : "memory");
+  if (send_block) {
+    asm volatile("bar.sync 1, %0;" ::"n"(32 * kRouteWarps) : "memory");
+  } else {
+    asm volatile("bar.sync 1, %0;" ::"n"(32 * kDispatchWarps) : "memory");
+  }
 }
 
 template <bool kEncodes>

@@ -12,10 +12,15 @@
 
 namespace jax_ep {
 
-// Barriers 0 and 1 are the block's and the copying warps'.
+// Barriers 0 and 1 are the block's and the copying warps'. Their numbers are constants: racecheck follows no others.
 __device__ __forceinline__ void MeetTeam(int team) {
+  static_assert(kSendWarps == 2);
   __syncwarp();
-  asm volatile("bar.sync %0, %1;" ::"r"(2 + team), "n"(32 * (1 + kEncoders)) : "memory");
+  if (team == 0) {
+    asm volatile("bar.sync 2, %0;" ::"n"(32 * (1 + kEncoders)) : "memory");
+  } else {
+    asm volatile("bar.sync 3, %0;" ::"n"(32 * (1 + kEncoders)) : "memory");
+  }
 }
 
 // An encoder's share of all rows that its sender sends; `stages` are the sender's.
