@@ -26,7 +26,9 @@ def run(out, name, *options, memory=(("XLA_PYTHON_CLIENT_PREALLOCATE", "false"),
     """In a process of its own: this one holds most of the GPUs' memory already."""
     command = [sys.executable, "-m", f"benchmarks.{name}", "--out", str(out), *options]
     env = os.environ | dict(memory)
-    env.pop("JAX_EP_TEST_PLATFORM", None)  # under which the cases ask for devices when they are imported, too early for a job
+    env.pop(
+        "JAX_EP_TEST_PLATFORM", None
+    )  # under which the cases ask for devices when they are imported, too early for a job
     done = subprocess.run(command, capture_output=True, text=True, timeout=280, cwd=ROOT, env=env, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     print(done.stderr)  # what a row that failed only begins to say
