@@ -34,8 +34,8 @@ __device__ __forceinline__ void Signal(const Call& call, const InternodeView& vi
   }
 }
 
-// `gone` is the last call that failed at a peer: has it left this one? It may have failed in the next one already,
-// having done its part in this.
+// `gone` is the first call of a generation that failed at a peer: has it left this one? It may have failed in the next
+// one already, having done its part in this.
 __device__ __forceinline__ bool HasLeft(const Call& call, uint64_t gone) {
   return gone != 0 && gone >> kCountBits == call.epoch >> kCountBits && gone <= call.epoch;
 }
@@ -112,9 +112,19 @@ __device__ __forceinline__ bool MeetOverNodes(const Call& call, const InternodeV
 // The end of a call, by the last block of its last kernel, which has cleared the results of a failed one.
 __device__ __forceinline__ void EndOverNodes(const Call& call, const InternodeView& view) {
   const int peer = threadIdx.x;
-  if (HasFailed(call) && peer < call.num_ranks && peer != call.rank) {
-    FenceSys();
-    Signal(call, view, peer, &view.room->gone[call.rank], call.epoch);
+  if (__syncthreads_or(HasFailed(call))) {
+    // Its own room has the same word, so that what fails as a consequence does not take the first one's place: a peer
+    // that comes to that one late would wait for what has been missed.
+    uint64_t* const gone = &view.room->gone[call.rank];
+    const uint64_t before = LoadRelaxedSys(gone);
+    const uint64_t first = before != 0 && before >> kCountBits == call.epoch >> kCountBits ? before : call.epoch;
+    __syncthreads();
+    if (peer == call.rank) {
+      StoreRelaxedSys(gone, first);
+    } else if (peer < call.num_ranks) {
+      FenceSys();
+      Signal(call, view, peer, gone, first);
+    }
   }
   EndCall(call);
 }
