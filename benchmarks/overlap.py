@@ -12,7 +12,6 @@ multiprocessors. 1: all hidden; 0: as long as one after the other; below: slower
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import itertools
 import math
 import sys
@@ -26,7 +25,7 @@ from jax import lax
 
 import jax_ep
 from benchmarks import exchange, timing
-from benchmarks.programs import Setting, after, first
+from benchmarks.programs import Setting, after, after_handle, dispatch_of, first
 
 OPERATIONS = ("dispatch_halves", "combine_halves")
 MOST_PRODUCTS = 64
@@ -58,20 +57,7 @@ def halves(setting: Setting, operation: str, mode: str, sms: int | None) -> tupl
     case = setting.case
     x, weights, routings = setting.inputs()
 
-    def start(x: jax.Array, weights: jax.Array, topk_idx: jax.Array) -> Any:
-        return jax_ep.dispatch_start(
-            x,
-            topk_idx,
-            weights,
-            axis_name=case.axis_name,
-            num_experts=case.num_experts,
-            layout=case.layout,
-            max_recv_tokens=case.max_recv_tokens,
-            expert_alignment=case.expert_alignment,
-            expert_capacity=case.expert_capacity,
-            mode=mode,
-            num_sms=sms,
-        )
+    start = dispatch_of(case, mode=mode, num_sms=sms, call=jax_ep.dispatch_start)
 
     def dispatches(work: Any) -> Callable[..., jax.Array]:
         def chain(x: jax.Array, weights: jax.Array, routings: Any, a: jax.Array, w: jax.Array) -> jax.Array:
@@ -87,9 +73,7 @@ def halves(setting: Setting, operation: str, mode: str, sms: int | None) -> tupl
         def chain(y: jax.Array, handle: jax_ep.Handle, gates: Any, a: jax.Array, w: jax.Array) -> jax.Array:
             token = None
             for _ in range(setting.calls):
-                slot, recv_slot = after(token, (handle.slot, handle.recv_slot))
-                routed = dataclasses.replace(handle, slot=slot, recv_slot=recv_slot)
-                pending, a = between(jax_ep.combine_start(y, routed, gates), a, w, work)
+                pending, a = between(jax_ep.combine_start(y, after_handle(token, handle), gates), a, w, work)
                 token = first(jax_ep.combine_done(pending))
             return token[None] + 0 * first(a)
 

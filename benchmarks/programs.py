@@ -129,12 +129,16 @@ def after_handle(token: jax.Array | None, handle: jax_ep.Handle) -> jax_ep.Handl
 
 
 def dispatch_of(
-    case: Case, wire: str | None = None, mode: str = "auto", num_sms: int | None = None
-) -> Callable[[jax.Array, jax.Array, jax.Array], tuple[jax_ep.Dispatched, jax_ep.Handle]]:
-    """x, weights, topk_idx -> what a case's dispatch returns."""
+    case: Case,
+    wire: str | None = None,
+    mode: str = "auto",
+    num_sms: int | None = None,
+    call: Callable[..., Any] = jax_ep.dispatch,
+) -> Callable[[jax.Array, jax.Array, jax.Array], Any]:
+    """x, weights, topk_idx -> what a case's dispatch, or `call`, returns."""
 
-    def dispatch(x: jax.Array, weights: jax.Array, topk_idx: jax.Array) -> tuple[jax_ep.Dispatched, jax_ep.Handle]:
-        return jax_ep.dispatch(
+    def dispatch(x: jax.Array, weights: jax.Array, topk_idx: jax.Array) -> Any:
+        return call(
             x,
             topk_idx,
             weights,
