@@ -68,8 +68,8 @@ struct GroupView {
   Status* status;
   Window* window[kMaxRanks];
   uint64_t shift[kMaxRanks];  // what makes an address in that rank's mail one of this process; 0 in its own
-  // generation << kCountBits | a bit for each masked rank: one word, so that a rank's calls change both at once. Written by
-  // own kernels between calls; it only grows.
+  // generation << kCountBits | a bit for each masked rank: one word, so that a rank's calls change both at once.
+  // Written by own kernels between calls; it only grows.
   uint64_t membership;
   uint64_t masked_since;  // the generation in which the mask last changed
 };

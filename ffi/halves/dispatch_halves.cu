@@ -226,8 +226,7 @@ int64_t DispatchLandingBytes(const DispatchParams& p, int num_ranks) {
 }
 
 cudaError_t LaunchDispatchStart(const DispatchParams& params, const HalfParams& half, const Fork& fork,
-                                const HalvesConfig& config,
-                                cudaStream_t stream) {
+                                const HalvesConfig& config, cudaStream_t stream) {
   DispatchHalf work = MakeWork(params, half.arenas.num_ranks);
   work.call = {half.arenas, Half::kStart, half.in_flight};
   work.slot = fork.slot;

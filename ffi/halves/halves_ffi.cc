@@ -112,9 +112,8 @@ ffi::Error Dispatch(cudaStream_t stream, int32_t device, ffi::RunId run, ffi::Sp
   p.group = place.member.view();
   p.refused = place.member.refused();
   if (!kStart) return Report(kName, place.member, LaunchDispatchDone(p, place.half, Config(num_sms), stream));
-  return Start(kName, stream, &place, [&](const Fork& fork) {
-    return LaunchDispatchStart(p, place.half, fork, Config(num_sms), stream);
-  });
+  return Start(kName, stream, &place,
+               [&](const Fork& fork) { return LaunchDispatchStart(p, place.half, fork, Config(num_sms), stream); });
 }
 
 template <bool kStart>
@@ -173,9 +172,8 @@ ffi::Error Combine(cudaStream_t stream, int32_t device, ffi::RunId run, ffi::Spa
   p.group = place.member.view();
   p.refused = place.member.refused();
   if (!kStart) return Report(kName, place.member, LaunchCombineDone(p, place.half, Config(num_sms), stream));
-  return Start(kName, stream, &place, [&](const Fork& fork) {
-    return LaunchCombineStart(p, place.half, fork, Config(num_sms), stream);
-  });
+  return Start(kName, stream, &place,
+               [&](const Fork& fork) { return LaunchCombineStart(p, place.half, fork, Config(num_sms), stream); });
 }
 
 auto DispatchBinding() {

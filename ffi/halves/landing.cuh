@@ -1,5 +1,6 @@
-// The windows of halves on the device: where parts lie, how a stage begins, how a done acquires what peers have pushed and
-// gives the window back. Neighbours: group/landing.h is the layout, push.cc the push, low_latency/call.cuh the calls.
+// The windows of halves on the device: where parts lie, how a stage begins, how a done acquires what peers have pushed
+// and gives the window back. Neighbours: group/landing.h is the layout, push.cc the push, low_latency/call.cuh the
+// calls.
 #pragma once
 
 #include "group/landing.h"

@@ -1,5 +1,5 @@
-// Copies, not a kernel: whatever the multiprocessors do meanwhile they do alone, and nothing here waits for one of them.
-// The engines know no routing, so all tokens go to every peer; that is what most peers get of most tokens anyway.
+// Copies, not a kernel: whatever the multiprocessors do meanwhile they do alone, and nothing here waits for one of
+// them. The engines know no routing, so all tokens go to every peer; that is what most peers get of most tokens anyway.
 //
 //   waits for   the stage, by an event
 //   signals     arrived[me][piece] at each peer: the copies of a stream are made one after the other, so the word that
