@@ -119,7 +119,7 @@ std::string InWords(const Status& status, const std::string& who, const std::str
   }
   if (status.phase == kCounted) {
     return std::string(kOperations[status.operation]) + ": " + who + " has counted " + number(status.epoch) +
-           " calls of the group, which is as far as it can; the next run begins anew";
+           " calls of the group in one memory, which is as far as it can; the next run begins anew";
   }
   if (status.phase == kFull) {
     return std::string(kOperations[status.operation]) + ": " + who + " began a start while " +
@@ -367,6 +367,10 @@ void Group::MakeSharedArena(Purpose purpose, int64_t bytes, const std::vector<ui
   }
   std::lock_guard<std::mutex> making(making_);
   if (FindSharedArena(purpose, bytes) != nullptr) return;
+  {
+    std::lock_guard<std::mutex> lock(mutex_);
+    if (arenas_.size() + 1 >= kMaxLedgers) throw std::runtime_error("jax_ep: too many sizes of calls through arenas");
+  }
   auto arena = std::make_unique<SharedArena>(SharedArena{purpose, bytes, {}, std::vector<Starts>(ranks_.size())});
   DeviceGuard guard;
   for (size_t i = 0; i < ranks_.size(); ++i) {
@@ -390,7 +394,6 @@ void Group::MakeSharedArena(Purpose purpose, int64_t bytes, const std::vector<ui
     }
   }
   std::lock_guard<std::mutex> lock(mutex_);  // a rank begins a generation before its arena is there, or with it
-  if (arenas_.size() + 1 >= kMaxLedgers) throw std::runtime_error("jax_ep: too many sizes of calls through arenas");
   for (size_t i = 0; i < ranks_.size(); ++i) {
     const Rank& rank = ranks_[i];
     if (!is_local(rank)) continue;
@@ -542,13 +545,12 @@ std::string Group::Begin(const Generation& generation, int rank, cudaStream_t st
     return "it has begun anew " + std::to_string(kMaxGenerations - 1) +
            " times, after failures and with other dead_devices, which is as often as it can. Start the process anew";
   }
-  ranks_[rank].generation = generation.number;
-  ranks_[rank].dead = generation.dead;
   Ledgers ledgers{};
   ledgers.ledger[ledgers.count++] = ranks_[rank].window;
   for (const auto& arena : arenas_) ledgers.ledger[ledgers.count++] = reinterpret_cast<Ledger*>(arena->of_rank[rank]);
   ledgers.view = ranks_[rank].view;
   const cudaError_t error = LaunchBeginGeneration(ledgers, generation.number, generation.dead, stream);
+  if (error == cudaSuccess) ranks_[rank].generation = generation.number, ranks_[rank].dead = generation.dead;
   return error == cudaSuccess ? "" : std::string("a new generation could not begin: ") + cudaGetErrorString(error);
 }
 

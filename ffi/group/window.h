@@ -24,7 +24,7 @@ constexpr uint64_t kMaxGenerations = uint64_t{1} << (64 - kStateBits - kCountBit
 constexpr uint32_t kPosted = 1;
 constexpr uint32_t kDone = 0x7ffff;
 constexpr uint32_t kGone = 0xfffff;
-constexpr int kMaxSteps = 1 << 19;  // of a lane
+constexpr int kMaxSteps = kDone;  // of a lane: states before kDone
 
 constexpr uint64_t MakeFlag(uint64_t epoch, uint32_t state) { return epoch << kStateBits | state; }
 constexpr __host__ __device__ uint64_t CountOf(uint64_t epoch) { return epoch & kMaxCount; }

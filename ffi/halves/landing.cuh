@@ -93,7 +93,8 @@ __device__ __forceinline__ bool WasKept(const ArenaCall& call) {
     FenceSys();  // what has been read, before what is asked
     const int lane = threadIdx.x;
     const uint64_t gone = call.Reaches(lane) ? LoadRelaxedSys(&call.Own()->gone[lane]) : 0;
-    const bool has_gone = gone != 0 && GenerationOf(gone) == GenerationOf(call.epoch);
+    // In a later generation too: a start that fails there may push before this rank has begun it.
+    const bool has_gone = gone != 0 && GenerationOf(gone) >= GenerationOf(call.epoch);
     if (has_gone) Fail(call, kRows, lane, 0, call.Tag(kPosted), call.Tag(kGone));
     kept = !__any_sync(~0u, has_gone);
   }

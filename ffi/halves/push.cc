@@ -45,7 +45,9 @@ cudaError_t Push(const HalfParams& half, const LandingLayout& layout, const Fork
            sizeof(uint64_t));
     }
   }
-  return error == cudaSuccess ? cudaEventRecord(fork.pushed, fork.stream) : error;
+  // Also behind what was queued before a copy that could not be: the next stage waits for it.
+  const cudaError_t recorded = cudaEventRecord(fork.pushed, fork.stream);
+  return error != cudaSuccess ? error : recorded;
 }
 
 }  // namespace jax_ep

@@ -69,7 +69,7 @@ def combine_start(
     """First half of `combine`: the rank's sums leave. What stands between it and `combine_done` may run meanwhile.
 
     Arguments and errors are those of `combine`. The result is opaque: pass it to `combine_done`, once. As for
-    `dispatch_start` few calls may be in flight at once; with "high_throughput" their memory is 2 * (2 * R - 1) * T rows.
+    `dispatch_start` few calls may be in flight at once; with "high_throughput" each takes (2 * R - 1) * T rows of memory.
 
     Example:
       >>> pending = jax_ep.combine_start(y, handle, recv.weights)

@@ -28,7 +28,7 @@ MAX_TOPK = 32  # one lane of a warp a choice
 MAX_BINS = 2080  # counts that a block publishes: kMaxBins in ffi/group/window.h
 MAX_RANKS = 32
 MIN_PIECE = 28672  # bytes of a row that cross nodes in one message, at least
-MAX_STEPS = 2**19  # messages of a call between two ranks, so kMaxSteps in ffi/group/window.h
+MAX_STEPS = 2**19 - 1  # tokens a rank, messages of a call between two: kMaxSteps in ffi/group/window.h
 MAX_ENCODED_HIDDEN = (
     16384  # columns of rows that the high-throughput kernel encodes: kMaxEncodedHidden in ffi/dispatch/dispatch.h
 )
@@ -48,7 +48,7 @@ def _row_bytes(aval: Any) -> int:
 
 def _routing_fits(routing: Routing) -> bool:
     return (
-        routing.num_tokens > 0
+        0 < routing.num_tokens < MAX_STEPS
         and routing.max_recv_tokens > 0
         and 0 < routing.num_topk <= MAX_TOPK
         and routing.num_ranks <= MAX_RANKS

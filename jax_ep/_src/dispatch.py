@@ -157,8 +157,8 @@ def dispatch_start(
     """First half of `dispatch`: the rows leave. What stands between it and `dispatch_done` may run meanwhile.
 
     Arguments and errors are those of `dispatch`. The result is opaque: pass it to `dispatch_done`, once. On GPUs the rows
-    in flight lie in memory of the group, made when the program is lowered: of calls of one size four may be in flight with
-    mode "low_latency", two with "high_throughput", whose memory is 2 * R * T rows (docs/overlap.md).
+    in flight lie in memory of the group, made when the program is lowered: of calls of one size four may be in flight, with
+    mode "high_throughput" two where R * T rows take more than 64 MB; its memory is so many times R * T rows (docs/overlap.md).
 
     Example:
       >>> pending = jax_ep.dispatch_start(x, topk_idx, axis_name="expert", num_experts=8)

@@ -403,6 +403,8 @@ int Check(int argc, char** argv) {
       {"DeepSeek-V3 expert", R, 512, 8, 256, Layout::kExpert, 128, 0, 0, bf16, 7168, 0, true, 0, 0, sms},
       {"DeepSeek-V3 rank", R, 512, 8, 256, Layout::kRank, 1, 0, 0, bf16, 7168, 0, true, 0, 0, sms},
       {"DeepSeek-V3 fp8-sized", R, 512, 8, 256, Layout::kExpert, 1, 0, 5120, bf16, 3584, 224, true, 0, 0, sms},
+      {"several pieces", R, 1200, 2, 4 * R, Layout::kExpert, 1, 0, 0, bf16, 7168, 0, true, 0, 0, sms},
+      {"two windows, several pieces", R, 4096, 2, 4 * R, Layout::kRank, 1, 0, 0, bf16, 7168, 24, true, 0, 0, sms},
       {"GPT-OSS batched", R, 256, 4, 128, Layout::kBatched, 1, 128, 0, bf16, 2880, 0, true, 0, 0.02, sms},
   };
   for (const Case& c : models) ok &= CheckCase(c);

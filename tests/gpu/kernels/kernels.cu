@@ -7,8 +7,8 @@
 //   kernels masked                     masked ranks do not call, or do: the others get what the oracle says
 //
 // nvcc -O3 -std=c++17 -Iffi -gencode arch=compute_90a,code=sm_90a -o kernels tests/gpu/kernels/kernels.cu
-//   ffi/dispatch/dispatch.cu ffi/combine/*.cu ffi/low_latency/*.cu ffi/halves/*.cu ffi/halves/push.cc ffi/group/barrier.cu
-//   ffi/group/group.cc
+//   ffi/dispatch/dispatch.cu ffi/combine/*.cu ffi/low_latency/*.cu ffi/halves/*.cu ffi/halves/push.cc
+//   ffi/group/barrier.cu ffi/group/group.cc
 #include <algorithm>
 #include <chrono>
 #include <cstdio>

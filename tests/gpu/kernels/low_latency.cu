@@ -9,8 +9,8 @@
 //   low_latency clocks [H [sms]]     when blocks of a dispatch reach its moments; built with -DJAX_EP_CLOCKS
 //
 // nvcc -O3 -std=c++17 -Iffi -gencode arch=compute_90a,code=sm_90a -o low_latency tests/gpu/kernels/low_latency.cu
-//   ffi/low_latency/*.cu ffi/halves/*.cu ffi/halves/push.cc ffi/dispatch/dispatch.cu ffi/combine/*.cu ffi/group/barrier.cu
-//   ffi/group/group.cc
+//   ffi/low_latency/*.cu ffi/halves/*.cu ffi/halves/push.cc ffi/dispatch/dispatch.cu ffi/combine/*.cu
+//   ffi/group/barrier.cu ffi/group/group.cc
 #include <algorithm>
 #include <functional>
 #include <utility>
