@@ -5,6 +5,7 @@
 //   kernels small                      a few small cases, for compute-sanitizer
 //   kernels timeout                    one rank does not call: the others must say so, and later calls must be right
 //   kernels masked                     masked ranks do not call, or do: the others get what the oracle says
+//   kernels burst                      dispatches queued behind each other at a benchmark's sizes: do they end?
 //
 // nvcc -O3 -std=c++17 -Iffi -gencode arch=compute_90a,code=sm_90a -o kernels tests/gpu/kernels/kernels.cu
 //   ffi/dispatch/dispatch.cu ffi/combine/*.cu ffi/low_latency/*.cu ffi/halves/*.cu ffi/halves/push.cc
@@ -126,6 +127,61 @@ int Masked() {
   return ok ? 0 : 1;
 }
 
+// Says what it begins before it begins, so that of a rank that does not go on the last words name the call.
+int Burst() {
+  constexpr int kCalls = 23;
+  bool ok = true;
+  for (const char* how : {"one array", "two arrays", "two arrays, cached", "encoded"}) {
+    for (Layout layout : {Layout::kRank, Layout::kExpert}) {
+      for (int send_blocks : {16, 12}) {
+        const bool two = std::string(how).find("two") == 0, encodes = std::string(how) == "encoded";
+        Case c{how, 2, 4096, 8, 256, layout, 1, 0, layout == Layout::kRank ? 0 : 40960, RowDtype::kBfloat16, 7168};
+        if (two) c.hidden = 3584, c.second_bytes = 224;
+        Finish(c);
+        Ranks& ranks = Ranks::Of(2);
+        const auto routing = Route(c);
+        std::vector<std::unique_ptr<Memory>> memory;
+        std::vector<DispatchParams> calls;
+        for (int r = 0; r < 2; ++r) {
+          memory.push_back(std::make_unique<Memory>(ranks.device[r]));
+          Memory& of = *memory[r];
+          DispatchParams d = MakeArrays(c, of, ranks.group.view(r), false).dispatch;
+          d.topk_idx = of.Put(routing[r].topk_idx);
+          d.topk_weights = of.Make<float>(c.choices(), 0);
+          d.rows[0].x = of.Make<char>(c.num_tokens * c.row_bytes(), 1);
+          if (two) d.rows[1].x = of.Make<char>(c.num_tokens * c.second_bytes, 1);
+          if (encodes) {
+            d.encoding = {d.rows[0].x, c.dtype, static_cast<int>(Wire::kFp8), static_cast<int>(c.hidden)};
+            d.num_row_arrays = 2;
+            for (int i = 0; i < 2; ++i) {
+              const int64_t bytes = i == 0 ? c.hidden : c.hidden / 32;
+              d.rows[i] = {nullptr, of.Make<char>(c.capacity * bytes, 0), bytes};
+            }
+          }
+          CHECK_CUDA(cudaDeviceSynchronize());
+          calls.push_back(d);
+        }
+        std::printf("%d dispatches, %s, %s, %d send blocks: ", kCalls, how, layout == Layout::kRank ? "rank" : "expert",
+                    send_blocks);
+        std::fflush(stdout);
+        const DispatchConfig config{24, send_blocks};
+        ranks.Launch([&](int r, cudaStream_t stream) {
+          cudaError_t error = LaunchDispatch(calls[r], 2, config, stream);  // the routing that cached ones follow
+          DispatchParams d = calls[r];
+          if (std::string(how).find("cached") != std::string::npos) d.operation = kDispatchCached, d.topk_idx = nullptr;
+          for (int i = 1; i < kCalls && error == cudaSuccess; ++i) error = LaunchDispatch(d, 2, config, stream);
+          return error;
+        });
+        const bool ended = ranks.Wait(30);
+        std::printf("%s\n", ended ? "ok" : "FAILED");
+        ok &= ended;
+      }
+    }
+  }
+  std::printf("%s\n", ok ? "BURST OK" : "BURST FAILED");
+  return ok ? 0 : 1;
+}
+
 // The calls of a generation are used up: that is told, and the next begins.
 bool CheckLastCalls(const Case& c) {
   Ranks& ranks = Ranks::Of(2);
@@ -220,6 +276,7 @@ int main(int argc, char** argv) {
   if (what == "small") result = Small();
   if (what == "timeout") result = Timeout();
   if (what == "masked") result = Masked();
+  if (what == "burst") result = Burst();
   std::fflush(stdout);
   return result;
 }
