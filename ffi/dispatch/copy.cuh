@@ -27,11 +27,14 @@ struct CopyPipe {
   // Stores what was loaded longest ago.
   __device__ __forceinline__ void Drain() {
     const Pieces& pieces = plan.copy;
-    const RowArray& rows = plan.params.rows[0];
-    const int row = shared.copy_row[warp][out][threadIdx.x % 32], piece = shared.copy_piece[warp][out];
+    const RowArray &rows = plan.params.rows[0], &second = plan.params.rows[1];
+    const int64_t row = shared.copy_row[warp][out][threadIdx.x % 32];
+    const int piece = shared.copy_piece[warp][out];
     WaitMbarrier(&shared.copy_full[warp][out], parity);
-    if (row >= 0)
-      StorePiece(pieces, rows.recv, rows.row_bytes, plan.params.rows[1].recv, row, piece, stage + out * pieces.stride);
+    if (row >= 0) {
+      StorePiece(pieces, rows.recv + row * rows.row_bytes, second.recv + row * pieces.second_bytes, piece,
+                 stage + out * pieces.stride);
+    }
     CommitBulkGroup();
     if (++out == pieces.stages) out = 0, parity ^= 1;
     --in_flight;
@@ -49,8 +52,8 @@ struct CopyPipe {
       if (lane == 0) shared.copy_piece[warp][in] = piece;
       __syncwarp();
       if (lane == 0) {
-        LoadPiece(pieces, first, plan.params.rows[0].row_bytes, second, from, piece, stage + in * pieces.stride,
-                  &shared.copy_full[warp][in]);
+        LoadPiece(pieces, first + from * plan.params.rows[0].row_bytes + int64_t{piece} * pieces.bytes,
+                  second + from * pieces.second_bytes, piece, stage + in * pieces.stride, &shared.copy_full[warp][in]);
       }
       if (++in == pieces.stages) in = 0;
       ++in_flight;

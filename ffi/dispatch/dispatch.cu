@@ -72,7 +72,12 @@ __global__ void __launch_bounds__(DispatchThreads(kEncodes), 1)
   for (int i = threadIdx.x; i < plan.zero_bytes / 16; i += kThreads) reinterpret_cast<int4*>(dynamic)[i] = int4{};
   if (threadIdx.x < kSendWarps) shared.sent[threadIdx.x] = shared.published[threadIdx.x] = 0;
   if (threadIdx.x < kRouteWarps) shared.slotted[threadIdx.x] = 0;
-  if (static_cast<int>(threadIdx.x) <= plan.num_lanes()) shared.lane_begin[threadIdx.x] = plan.TokenBegin(threadIdx.x);
+  if (static_cast<int>(threadIdx.x) <= plan.num_lanes()) {
+    const int begin = plan.TokenBegin(threadIdx.x), tokens = plan.TokenBegin(threadIdx.x + 1) - begin;
+    shared.lane_begin[threadIdx.x] = begin;
+    if (threadIdx.x < plan.num_lanes())
+      shared.lane_chunks[threadIdx.x] = (tokens + plan.chunk_tokens - 1) / plan.chunk_tokens;
+  }
   for (int i = threadIdx.x; i < kSendWarps * kMaxSendStages; i += kThreads) InitMbarrier(&shared.send_full[0][0] + i);
   for (int i = threadIdx.x; i < kDispatchWarps * kMaxCopyStages; i += kThreads)
     InitMbarrier(&shared.copy_full[0][0] + i);
@@ -155,6 +160,7 @@ Pieces Split(int64_t row_bytes, int64_t second_bytes, int limit, int bytes, int 
   const int64_t num = std::max<int64_t>((row_bytes + limit - 1) / limit, 1);
   pieces.bytes = RoundUp((row_bytes + num - 1) / num, num > 1 ? 128 : 16);
   pieces.per_row = static_cast<int>((row_bytes + pieces.bytes - 1) / std::max(pieces.bytes, 16));
+  pieces.last_bytes = static_cast<int>(row_bytes - (pieces.per_row - 1ll) * pieces.bytes);
   pieces.second_bytes = second_bytes % 16 == 0 && second_bytes <= 2048 ? static_cast<int>(second_bytes) : 0;
   pieces.stride = std::max(RoundUp(pieces.bytes + pieces.second_bytes, 128), 128);
   pieces.stages = std::min(std::max(bytes / pieces.stride, least), most);
@@ -170,6 +176,7 @@ void SplitEncoded(DispatchPlan* plan, int limit, int bytes) {
   Pieces& pieces = plan->send;
   pieces.bytes = plan->piece_columns * encoding.elem_bytes();
   pieces.per_row = (encoding.hidden + plan->piece_columns - 1) / plan->piece_columns;
+  pieces.last_bytes = (encoding.hidden - (pieces.per_row - 1) * plan->piece_columns) * encoding.elem_bytes();
   pieces.second_bytes = 0;
   pieces.stride = RoundUp(pieces.bytes, 128);
   pieces.stages = std::min(std::max(bytes / pieces.stride, 3), kMaxSendStages);

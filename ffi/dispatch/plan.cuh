@@ -20,11 +20,9 @@ constexpr int kLeastChunk = 4;  // tokens
 // of the second array along, behind its own bytes, if that is a multiple of 16 bytes and short; else `second_bytes` is
 // 0.
 struct Pieces {
-  int bytes, per_row, stages, stride, second_bytes;
+  int bytes, per_row, last_bytes, stages, stride, second_bytes;
 
-  __device__ int Size(int64_t row_bytes, int piece) const {
-    return static_cast<int>(min(static_cast<int64_t>(bytes), row_bytes - static_cast<int64_t>(piece) * bytes));
-  }
+  __device__ int Size(int piece) const { return piece + 1 == per_row ? last_bytes : bytes; }
 };
 
 struct Tokens {
@@ -82,7 +80,8 @@ struct DispatchShared {
   uint64_t copy_full[kDispatchWarps][kMaxCopyStages];
   int32_t copy_row[kDispatchWarps][kMaxCopyStages][32];
   int copy_piece[kDispatchWarps][kMaxCopyStages];
-  int lane_begin[kSendWarps * kMaxSendBlocks + 1];  // TokenBegin: to divide takes long
+  // TokenBegin of each sending lane, and how many chunks it has: to divide takes long.
+  int lane_begin[kSendWarps * kMaxSendBlocks + 1], lane_chunks[kSendWarps * kMaxSendBlocks];
   uint32_t slotted[kRouteWarps];            // the token before which that warp has written all slots of its part
   Chunk chunk[kSendWarps][kChunkRing];      // what a sender has taken, in its order
   uint32_t number[kSendWarps][kChunkRing];  // of those chunks, for the publisher
@@ -90,9 +89,6 @@ struct DispatchShared {
   uint32_t published[kSendWarps];           // how many of them the peers know of
   uint32_t loaded[kSendWarps][2];  // pieces; read when the team has met, written before it meets the time after
 
-  __device__ int NumChunks(const DispatchPlan& plan, int lane) const {
-    return (lane_begin[lane + 1] - lane_begin[lane] + plan.chunk_tokens - 1) / plan.chunk_tokens;
-  }
   __device__ Tokens ChunkTokens(const DispatchPlan& plan, int lane, int number) const {
     const int begin = lane_begin[lane] + number * plan.chunk_tokens;
     return {begin, min(begin + plan.chunk_tokens, lane_begin[lane + 1])};

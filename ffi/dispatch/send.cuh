@@ -12,20 +12,21 @@
 
 namespace jax_ep {
 
-// Loads one piece of row `row` of x (or of rows received before) into a stage. Called by one lane.
-__device__ __forceinline__ void LoadPiece(const Pieces& pieces, const char* first, int64_t row_bytes,
-                                          const char* second, int64_t row, int piece, char* stage, uint64_t* full) {
-  const int size = pieces.Size(row_bytes, piece), second_size = piece == 0 ? pieces.second_bytes : 0;
+// Loads one piece, which begins at `first`, into a stage; the first of a row with the row of the second array at `second`.
+// Called by one lane.
+__device__ __forceinline__ void LoadPiece(const Pieces& pieces, const char* first, const char* second, int piece,
+                                          char* stage, uint64_t* full) {
+  const int size = pieces.Size(piece), second_size = piece == 0 ? pieces.second_bytes : 0;
   ExpectBytes(full, size + second_size);
-  BulkLoad(stage, first + row * row_bytes + static_cast<int64_t>(piece) * pieces.bytes, size, full);
-  if (second_size > 0) BulkLoad(stage + pieces.bytes, second + row * second_size, second_size, full);
+  BulkLoad(stage, first, size, full);
+  if (second_size > 0) BulkLoad(stage + pieces.bytes, second, second_size, full);
 }
 
-__device__ __forceinline__ void StorePiece(const Pieces& pieces, char* first, int64_t row_bytes, char* second,
-                                           int64_t row, int piece, const char* stage) {
-  BulkStore(first + row * row_bytes + static_cast<int64_t>(piece) * pieces.bytes, stage, pieces.Size(row_bytes, piece));
-  if (piece == 0 && pieces.second_bytes > 0)
-    BulkStore(second + row * pieces.second_bytes, stage + pieces.bytes, pieces.second_bytes);
+// Stores one piece of a row whose places begin at `first` and `second`.
+__device__ __forceinline__ void StorePiece(const Pieces& pieces, char* first, char* second, int piece,
+                                           const char* stage) {
+  BulkStore(first + static_cast<int64_t>(piece) * pieces.bytes, stage, pieces.Size(piece));
+  if (piece == 0 && pieces.second_bytes > 0) BulkStore(second, stage + pieces.bytes, pieces.second_bytes);
 }
 
 // Copies a row of the second array, any number of bytes, to `target`; called by one whole warp.
@@ -44,8 +45,9 @@ __device__ __forceinline__ void CopySmallRow(char* target, const char* source, i
   }
 }
 
-// A sending warp. Lane k serves choice k: the first choice on a rank sends the row there. Own rows are the copiers'
-// work, but for encoded ones: here alone they are. Few rows in flight: more would clog the receivers' links.
+// A sending warp. Its instructions are what few ranks wait for, so places are found for several tokens at once: lane
+// j * K + k serves choice k of the j-th. The first choice on a rank sends the row there. Own rows are the copiers' work,
+// but for encoded ones: here alone they are. Few rows in flight: more would clog the receivers' links.
 template <bool kEncodes>
 class Sender {
  public:
@@ -56,11 +58,12 @@ class Sender {
         warp_(threadIdx.x / 32),
         lane_(threadIdx.x % 32),
         own_(kSendWarps * static_cast<int>(blockIdx.x) + warp_),
-        stage_(stages + warp_ * plan.send_bytes),
-        slotted_(plan.params.operation == kDispatchCached ? plan.params.num_tokens : 0) {}
+        stage_(stages + warp_ * plan.send_bytes) {}
 
   // Sets own rows on their way into shared memory, before the ranks have met: that needs no peer.
   __device__ void Begin() {
+    own_end_ = shared_.lane_begin[own_ + 1];
+    slotted_ = plan_.params.operation == kDispatchCached ? own_end_ : shared_.lane_begin[own_];
     next_own_ = TakeOwn();
     while (loads_ + 1 < plan_.send.stages && Load()) continue;
   }
@@ -70,20 +73,19 @@ class Sender {
     constexpr int kReportEvery = 4, kUnreported = 12;  // pieces; a store over the link takes several µs to complete
     const DispatchParams& p = plan_.params;
     const Pieces& pieces = plan_.send;
-    const RowArray& rows = p.rows[0];
     const bool second_apart = !kEncodes && p.num_row_arrays > 1 && pieces.second_bytes == 0;
-    int now = 0;
+    const int batch = 32 / p.num_topk;  // tokens
+    int now = 0, next_slot = -1, next_begin = -1;
     uint32_t parity = 0, stored = 0, reported = 0;
     may_help_ = true;
     // Encoders leave no stage to be stored from, so all are filled.
     while (loads_ + (kEncodes ? 0 : 1) < pieces.stages && Load()) continue;
     if (kEncodes) MeetEncoders();
-    // A token's slots are loaded while the one before is sent.
-    int next_slot = -1, next_token = -1;
-    const auto load_slot = [&](int token) {
-      AwaitSlot(token);
-      next_token = token;
-      next_slot = lane_ < p.num_topk ? __ldcg(p.slot + static_cast<int64_t>(token) * p.num_topk + lane_) : -1;
+    const auto load_slots = [&](const Tokens& tokens) {
+      next_begin = tokens.begin;
+      next_slot = lane_ < (tokens.end - tokens.begin) * p.num_topk
+                      ? __ldcg(p.slot + static_cast<int64_t>(tokens.begin) * p.num_topk + lane_)
+                      : -1;
     };
     const auto report = [&] {
       if (++stored % kReportEvery == 0 && stored > kUnreported) {
@@ -92,37 +94,41 @@ class Sender {
       }
     };
     for (uint32_t i = 0; i < taken_; ++i) {  // taken_ grows meanwhile
-      const Tokens tokens = shared_.chunk[warp_][i % kChunkRing].tokens;
-      for (int token = tokens.begin; token < tokens.end; ++token) {
-        if (next_token != token) load_slot(token);
-        const int slot = next_slot;
-        if (token + 1 < tokens.end) {
-          load_slot(token + 1);
-        } else if (i + 1 < taken_) {
-          load_slot(shared_.chunk[warp_][(i + 1) % kChunkRing].tokens.begin);
+      const Tokens chunk = shared_.chunk[warp_][i % kChunkRing].tokens;
+      for (int begin = chunk.begin, end; begin < chunk.end; begin = end) {
+        end = min(begin + batch, chunk.end);
+        if (next_begin != begin) {
+          while (!AreSlotted({begin, end})) __nanosleep(20);
+          load_slots({begin, end});
         }
-        const int rank = slot >= 0 ? slot / p.max_recv_tokens : -1, row = slot - rank * p.max_recv_tokens;
-        const uint32_t same = __match_any_sync(~0u, rank);
-        const bool sends =
-            rank >= 0 && (kEncodes || rank != call_.rank) && call_.Reaches(rank) && (same & ((1u << lane_) - 1)) == 0;
-        char* const target = sends ? reinterpret_cast<char*>(shared_.address[rank][kRecvRows]) : nullptr;
-        char* const second = sends ? reinterpret_cast<char*>(shared_.address[rank][kRecvRows1]) : nullptr;
-        if constexpr (kEncodes) {
-          SendEncoded(sends, target, second, row, stage_ + pieces.stages * pieces.stride + now * plan_.slot_stride);
-          if (++now == plan_.slots) now = 0;
-          report();
-          continue;
-        }
-        if (second_apart) SendSecond(p.rows[1].x + token * p.rows[1].row_bytes, sends, second, row);
-        for (int piece = 0; piece < pieces.per_row; ++piece) {
-          WaitMbarrier(&shared_.send_full[warp_][now], parity);
-          if (sends) StorePiece(pieces, target, rows.row_bytes, second, row, piece, stage_ + now * pieces.stride);
-          CommitBulkGroup();
-          if (++now == pieces.stages) now = 0, parity ^= 1;
-          WaitBulkRead<1>();  // the stage filled next is the one stored from before this one
-          __syncwarp();
-          Load();
-          report();
+        const Place place = PlaceOf(next_slot);
+        for (int token = begin; token < end; ++token) {
+          const bool sends = place.token == token - begin;
+          if (token + 1 == end) {  // the slots of the next batch are on their way meanwhile
+            Tokens next{end, min(end + batch, chunk.end)};
+            if (end == chunk.end && i + 1 < taken_) {
+              next = shared_.chunk[warp_][(i + 1) % kChunkRing].tokens;
+              next.end = min(next.begin + batch, next.end);
+            }
+            if (next.begin < next.end && AreSlotted(next)) load_slots(next);
+          }
+          if constexpr (kEncodes) {
+            SendEncoded(sends, place, stage_ + pieces.stages * pieces.stride + now * plan_.slot_stride);
+            if (++now == plan_.slots) now = 0;
+            report();
+            continue;
+          }
+          if (second_apart) SendSecond(p.rows[1].x + token * p.rows[1].row_bytes, sends, place.second);
+          for (int piece = 0; piece < pieces.per_row; ++piece) {
+            WaitMbarrier(&shared_.send_full[warp_][now], parity);
+            if (sends) StorePiece(pieces, place.first, place.second, piece, stage_ + now * pieces.stride);
+            CommitBulkGroup();
+            if (++now == pieces.stages) now = 0, parity ^= 1;
+            WaitBulkRead<1>();  // the stage filled next is the one stored from before this one
+            __syncwarp();
+            Load();
+            report();
+          }
         }
       }
     }
@@ -138,6 +144,25 @@ class Sender {
   }
 
  private:
+  // Where this lane sends a row, and that of which token of the batch: -1 for none.
+  struct Place {
+    int token;
+    char *first, *second;
+  };
+
+  __device__ __forceinline__ Place PlaceOf(int slot) const {
+    const DispatchParams& p = plan_.params;
+    const int token = lane_ / p.num_topk;
+    const int rank = slot >= 0 ? slot / p.max_recv_tokens : -1;
+    const uint32_t same = __match_any_sync(~0u, token * kMaxRanks + rank);
+    const bool sends =
+        rank >= 0 && (kEncodes || rank != call_.rank) && call_.Reaches(rank) && (same & ((1u << lane_) - 1)) == 0;
+    if (!sends) return {-1, nullptr, nullptr};
+    const int64_t row = slot - rank * p.max_recv_tokens;
+    return {token, reinterpret_cast<char*>(shared_.address[rank][kRecvRows]) + row * p.rows[0].row_bytes,
+            reinterpret_cast<char*>(shared_.address[rank][kRecvRows1]) + row * p.rows[1].row_bytes};
+  }
+
   __device__ __forceinline__ uint32_t TakeOwn() {
     return lane_ == 0 ? atomicAdd(&call_.window->taken_chunks[own_], 1u) : 0;
   }
@@ -148,7 +173,7 @@ class Sender {
     int from = -1, number = 0;
     if (!helps_) {
       number = __shfl_sync(~0u, next_own_, 0);
-      helps_ = number >= shared_.NumChunks(plan_, own_);
+      helps_ = number >= shared_.lane_chunks[own_];
       if (!helps_) {
         from = own_;
         next_own_ = TakeOwn();  // its answer is wanted a chunk later
@@ -158,14 +183,14 @@ class Sender {
       int left = 0;
       if (lane_ < plan_.num_lanes()) {
         const unsigned int taken = *const_cast<volatile unsigned int*>(&call_.window->taken_chunks[lane_]);
-        left = shared_.NumChunks(plan_, lane_) - static_cast<int>(taken);
+        left = shared_.lane_chunks[lane_] - static_cast<int>(taken);
       }
       const int most = __reduce_max_sync(~0u, left);
       if (most <= 0) break;
       const int other = __ffs(__ballot_sync(~0u, left == most)) - 1;
       number = lane_ == 0 ? atomicAdd(&call_.window->taken_chunks[other], 1u) : 0;
       number = __shfl_sync(~0u, number, 0);
-      if (number >= shared_.NumChunks(plan_, other)) continue;
+      if (number >= shared_.lane_chunks[other]) continue;
       bool slotted = true;
       if (plan_.params.operation != kDispatchCached && lane_ == 0) {
         const int block = other / kSendWarps;
@@ -187,36 +212,42 @@ class Sender {
     }
     __syncwarp();
     ++taken_;
-    load_token_ = tokens.begin, load_end_ = tokens.end;
+    load_left_ = tokens.end - tokens.begin;
+    load_first_ = plan_.x + tokens.begin * plan_.x_row_bytes;
+    load_second_ = plan_.params.rows[1].x + static_cast<int64_t>(tokens.begin) * plan_.send.second_bytes;
     return true;
   }
 
   // Sets the next piece on its way, if there is one.
   __device__ __forceinline__ bool Load() {
-    const DispatchParams& p = plan_.params;
     const Pieces& pieces = plan_.send;
-    if (load_token_ == load_end_ && !Take()) return false;
+    if (load_left_ == 0 && !Take()) return false;
     if (lane_ == 0) {
-      LoadPiece(pieces, plan_.x, plan_.x_row_bytes, p.rows[1].x, load_token_, load_piece_,
-                stage_ + load_stage_ * pieces.stride, &shared_.send_full[warp_][load_stage_]);
+      LoadPiece(pieces, load_first_, load_second_, load_piece_, stage_ + load_stage_ * pieces.stride,
+                &shared_.send_full[warp_][load_stage_]);
     }
     ++loads_;
+    load_first_ += pieces.Size(load_piece_);
     if (++load_stage_ == pieces.stages) load_stage_ = 0;
-    if (++load_piece_ == pieces.per_row) load_piece_ = 0, ++load_token_;
+    if (++load_piece_ == pieces.per_row) {
+      load_piece_ = 0, --load_left_;
+      load_second_ += pieces.second_bytes;
+    }
     return true;
   }
 
-  // Waits until the slots of `token`, of this block's tokens, are written. Those of others are: Take has waited.
-  __device__ __forceinline__ void AwaitSlot(int token) {
-    if (token < slotted_) return;
-    if (token < shared_.lane_begin[own_] || token >= shared_.lane_begin[own_ + 1]) return;
-    for (int warp = 0; warp < kRouteWarps; ++warp) {
-      const Tokens routed = shared_.RoutedBy(warp);
-      if (token < routed.begin || token >= routed.end) continue;
+  // Whether the slots of these tokens, all of one lane, are written. Those of another lane's are: Take has waited.
+  __device__ __forceinline__ bool AreSlotted(const Tokens& tokens) {
+    if (tokens.end <= slotted_ || tokens.begin >= own_end_ || tokens.begin < shared_.lane_begin[own_]) return true;
+    while (slotted_ < tokens.end) {
+      while (slotted_ >= shared_.RoutedBy(route_warp_).end) ++route_warp_;
       // Lane 0 decides for all, lest some go on and others wait.
-      while ((slotted_ = __shfl_sync(~0u, LoadAcquireShared(&shared_.slotted[warp]), 0)) <= token) __nanosleep(20);
+      const int until = __shfl_sync(~0u, LoadAcquireShared(&shared_.slotted[route_warp_]), 0);
+      __syncwarp();
+      if (until <= slotted_) return false;
+      slotted_ = until;
     }
-    __syncwarp();
+    return true;
   }
 
   // A piece is encoded, its stage free; the encoders learn how many more there are.
@@ -227,9 +258,9 @@ class Sender {
   }
 
   // Sends the row that the encoders complete in `slot`, as one bulk group.
-  __device__ __forceinline__ void SendEncoded(bool sends, char* first, char* second, int row, const char* slot) {
+  __device__ __forceinline__ void SendEncoded(bool sends, const Place& place, const char* slot) {
     const DispatchParams& p = plan_.params;
-    const int hidden = p.encoding.hidden;
+    const int hidden = p.encoding.hidden, scale_bytes = static_cast<int>(p.rows[1].row_bytes);
     for (int piece = 1; piece < plan_.send.per_row; ++piece) {
       MeetEncoders();
       Load();
@@ -241,23 +272,20 @@ class Sender {
       WaitBulkRead<1>();
     }
     MeetEncoders();
-    const int64_t scale_bytes = p.rows[1].row_bytes;
     if (sends) {
-      BulkStore(first + int64_t{row} * hidden, slot, hidden);
-      if (scale_bytes % 16 == 0) BulkStore(second + row * scale_bytes, slot + hidden, static_cast<int>(scale_bytes));
+      BulkStore(place.first, slot, hidden);
+      if (scale_bytes % 16 == 0) BulkStore(place.second, slot + hidden, scale_bytes);
     }
     CommitBulkGroup();
-    if (scale_bytes % 16 != 0) SendSecond(slot + hidden, sends, second, row);
+    if (scale_bytes % 16 != 0) SendSecond(slot + hidden, sends, place.second);
     Load();
   }
 
   // A row of the second array to every lane's place.
-  __device__ void SendSecond(const char* from, bool sends, char* second, int row) {
-    const RowArray& rows = plan_.params.rows[1];
+  __device__ void SendSecond(const char* from, bool sends, char* place) {
     for (uint32_t rest = __ballot_sync(~0u, sends); rest != 0; rest &= rest - 1) {
-      char* place = second + row * rows.row_bytes;
-      place = reinterpret_cast<char*>(__shfl_sync(~0u, reinterpret_cast<uint64_t>(place), __ffs(rest) - 1));
-      CopySmallRow(place, from, rows.row_bytes);
+      char* target = reinterpret_cast<char*>(__shfl_sync(~0u, reinterpret_cast<uint64_t>(place), __ffs(rest) - 1));
+      CopySmallRow(target, from, plan_.params.rows[1].row_bytes);
     }
   }
 
@@ -278,8 +306,9 @@ class Sender {
   bool helps_ = false, may_help_ = false, none_left_ = false;
   uint32_t next_own_ = 0;  // of lane 0: the own chunk taken ahead
   uint32_t taken_ = 0, stores_taken_ = 0, meetings_ = 0;
-  int load_token_ = 0, load_end_ = 0, load_piece_ = 0, load_stage_ = 0, loads_ = 0;
-  int slotted_;  // the slots of own tokens before this one are written
+  const char *load_first_ = nullptr, *load_second_ = nullptr;  // where the next piece, the next second row is
+  int load_left_ = 0, load_piece_ = 0, load_stage_ = 0, loads_ = 0;
+  int own_end_ = 0, slotted_ = 0, route_warp_ = 0;  // the slots of own tokens before slotted_ are written
 };
 
 // Tells the peers what of this block has arrived, until both senders are done, then leaves its lane.

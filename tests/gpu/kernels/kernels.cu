@@ -5,7 +5,7 @@
 //   kernels small                      a few small cases, for compute-sanitizer
 //   kernels timeout                    one rank does not call: the others must say so, and later calls must be right
 //   kernels masked                     masked ranks do not call, or do: the others get what the oracle says
-//   kernels burst                      dispatches queued behind each other at a benchmark's sizes: do they end?
+//   kernels burst [how]                dispatches queued behind each other at a benchmark's sizes: do they end?
 //
 // nvcc -O3 -std=c++17 -Iffi -gencode arch=compute_90a,code=sm_90a -o kernels tests/gpu/kernels/kernels.cu
 //   ffi/dispatch/dispatch.cu ffi/combine/*.cu ffi/low_latency/*.cu ffi/halves/*.cu ffi/halves/push.cc
@@ -128,10 +128,11 @@ int Masked() {
 }
 
 // Says what it begins before it begins, so that of a rank that does not go on the last words name the call.
-int Burst() {
+int Burst(const std::string& asked) {
   constexpr int kCalls = 23;
   bool ok = true;
   for (const char* how : {"one array", "two arrays", "two arrays, cached", "encoded"}) {
+    if (!asked.empty() && asked != how) continue;
     for (Layout layout : {Layout::kRank, Layout::kExpert}) {
       for (int send_blocks : {16, 12}) {
         const bool two = std::string(how).find("two") == 0, encodes = std::string(how) == "encoded";
@@ -276,7 +277,7 @@ int main(int argc, char** argv) {
   if (what == "small") result = Small();
   if (what == "timeout") result = Timeout();
   if (what == "masked") result = Masked();
-  if (what == "burst") result = Burst();
+  if (what == "burst") result = Burst(argc > 2 ? argv[2] : "");
   std::fflush(stdout);
   return result;
 }
