@@ -64,6 +64,14 @@ __device__ __forceinline__ void StoreReleaseShared(uint32_t* counter, uint32_t v
       : "memory");
 }
 
+// A number that a counter's release hands over with it.
+__device__ __forceinline__ void StoreRelaxedShared(uint32_t* number, uint32_t value) {
+  asm volatile(
+      "{ .reg .b32 before;\n  atom.relaxed.cta.shared.exch.b32 before, [%0], %1; }" ::"r"(SharedAddress(number)),
+      "r"(value)
+      : "memory");
+}
+
 // ---- shared memory by its address; copies to it are for the thread that asks for them
 
 __device__ __forceinline__ int4 LoadShared16(uint32_t address) {

@@ -172,15 +172,14 @@ __device__ __forceinline__ uint64_t CountCall(const AnyCall& call) {
 // The last thing a block does, by all its threads. True for the last block of the grid to arrive, in all its threads,
 // which then clears the results if HasFailed and calls EndCall.
 __device__ __forceinline__ bool IsLastBlock(const Call& call) {
-  __shared__ bool is_last;
+  bool is_last = false;
   __syncthreads();
   if (threadIdx.x == 0) {
     __threadfence();
     is_last = atomicAdd(&call.window->exits, 1u) + 1 == gridDim.x;
     __threadfence();
   }
-  __syncthreads();
-  return is_last;
+  return __syncthreads_or(is_last);
 }
 
 __device__ __forceinline__ void EndCall(const Call& call) {

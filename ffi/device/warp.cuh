@@ -3,7 +3,16 @@
 
 #include <cuda_runtime.h>
 
+#include "device/ptx.cuh"
+
 namespace jax_ep {
+
+// A counter in shared memory, acquired by lane 0 for all.
+__device__ __forceinline__ uint32_t WarpLoadAcquireShared(const uint32_t* counter) {
+  const uint32_t value = __shfl_sync(~0u, threadIdx.x % 32 == 0 ? LoadAcquireShared(counter) : 0, 0);
+  __syncwarp();
+  return value;
+}
 
 // Exclusive prefix sum over a warp.
 __device__ __forceinline__ int WarpScan(int value, int* sum) {

@@ -153,7 +153,8 @@ class Sender {
   __device__ __forceinline__ Place PlaceOf(int slot) const {
     const DispatchParams& p = plan_.params;
     const int token = lane_ / p.num_topk;
-    const int rank = slot >= 0 ? slot / p.max_recv_tokens : -1;
+    int rank = slot >= 0 ? 0 : -1;  // slot / max_recv_tokens; to divide takes longer
+    for (int i = 1; i < call_.num_ranks; ++i) rank += slot >= i * p.max_recv_tokens;
     const uint32_t same = __match_any_sync(~0u, token * kMaxRanks + rank);
     const bool sends =
         rank >= 0 && (kEncodes || rank != call_.rank) && call_.Reaches(rank) && (same & ((1u << lane_) - 1)) == 0;
@@ -203,12 +204,12 @@ class Sender {
       none_left_ = may_help_;
       return false;
     }
-    while (LoadAcquireShared(&shared_.published[warp_]) + kChunkRing <= taken_) __nanosleep(100);
+    while (WarpLoadAcquireShared(&shared_.published[warp_]) + kChunkRing <= taken_) __nanosleep(100);
     const Tokens tokens = shared_.ChunkTokens(plan_, from, number);
     stores_taken_ += (tokens.end - tokens.begin) * (kEncodes ? 1 : plan_.send.per_row);
     if (lane_ == 0) {
       shared_.chunk[warp_][taken_ % kChunkRing] = {tokens, stores_taken_};
-      StoreReleaseShared(&shared_.number[warp_][taken_ % kChunkRing], from * plan_.chunks_per_lane + number);
+      StoreRelaxedShared(&shared_.number[warp_][taken_ % kChunkRing], from * plan_.chunks_per_lane + number);
     }
     __syncwarp();
     ++taken_;
@@ -241,9 +242,7 @@ class Sender {
     if (tokens.end <= slotted_ || tokens.begin >= own_end_ || tokens.begin < shared_.lane_begin[own_]) return true;
     while (slotted_ < tokens.end) {
       while (slotted_ >= shared_.RoutedBy(route_warp_).end) ++route_warp_;
-      // Lane 0 decides for all, lest some go on and others wait.
-      const int until = __shfl_sync(~0u, LoadAcquireShared(&shared_.slotted[route_warp_]), 0);
-      __syncwarp();
+      const int until = static_cast<int>(WarpLoadAcquireShared(&shared_.slotted[route_warp_]));
       if (until <= slotted_) return false;
       slotted_ = until;
     }
@@ -323,7 +322,7 @@ __device__ inline void Publish(const DispatchPlan& plan, const Call& call, Dispa
   while (((sent[0] & sent[1]) & kSenderDone) == 0) {
     bool news = false;
     for (int warp = 0; warp < kSendWarps; ++warp) {
-      sent[warp] = __shfl_sync(~0u, LoadAcquireShared(&shared.sent[warp]), 0);
+      sent[warp] = WarpLoadAcquireShared(&shared.sent[warp]);
       news |= (sent[warp] & ~(kSenderDone | kSenderGone)) > published[warp];
     }
     if (!news) {
@@ -335,7 +334,7 @@ __device__ inline void Publish(const DispatchPlan& plan, const Call& call, Dispa
     for (int warp = 0; warp < kSendWarps; ++warp) {
       const uint32_t count = sent[warp] & ~(kSenderDone | kSenderGone);
       for (; published[warp] < count; ++published[warp]) {
-        const uint32_t chunk = LoadAcquireShared(&shared.number[warp][published[warp] % kChunkRing]);
+        const uint32_t chunk = WarpLoadAcquireShared(&shared.number[warp][published[warp] % kChunkRing]);
         if (plan.copies_on() && progress != nullptr)
           StoreRelaxedSys(&call.Peer(peer)->arrived[call.rank][chunk], call.Tag(kDone));
       }
