@@ -141,8 +141,7 @@ def encoded_dispatch(compiled):
 
 @pytest.mark.parametrize("wire", ["fp8", "fp8_ue8m0", "mxfp8"])
 @pytest.mark.parametrize("mode", ["high_throughput", "low_latency"])
-def test_kernels_encode_a_wire_format_themselves(mesh, mode, wire, monkeypatch):
-    monkeypatch.setattr(cuda, "HIGH_THROUGHPUT_ENCODES", True)
+def test_kernels_encode_a_wire_format_themselves(mesh, mode, wire):
     compiled = compile_for_gpus(mesh, network(mesh, wire=wire, mode=mode))
     prefix = "low_latency_" if mode == "low_latency" else ""
     assert launches(compiled) == [f"{prefix}dispatch", f"{prefix}combine"]
@@ -157,10 +156,8 @@ def test_the_derivative_of_a_wire_format_launches_each_call_once(mesh):
     assert f"f8e4m3fn[{5 * T},{H}]" in results and f"f32[{5 * T},{H // 128}]" in results
 
 
-@pytest.mark.parametrize("setting", [("MAX_ENCODED_HIDDEN", H - 16), ("HIGH_THROUGHPUT_ENCODES", False)])
-def test_rows_that_the_kernel_does_not_encode_are_encoded_by_xla(mesh, setting, monkeypatch):
-    monkeypatch.setattr(cuda, "HIGH_THROUGHPUT_ENCODES", True)
-    monkeypatch.setattr(cuda, *setting)
+def test_rows_that_the_kernel_does_not_encode_are_encoded_by_xla(mesh, monkeypatch):
+    monkeypatch.setattr(cuda, "MAX_ENCODED_HIDDEN", H - 16)
     compiled = compile_for_gpus(mesh, network(mesh, wire="fp8"))
     assert launches(compiled) == ["dispatch", "combine"]
     results, num_operands = encoded_dispatch(compiled)

@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 import jax_ep
-from jax_ep._src import cuda, group, targets
+from jax_ep._src import group, targets
 
 if jax.default_backend() != "cpu":
     pytest.skip("lowers for GPUs on a mesh of virtual CPU devices", allow_module_level=True)
@@ -121,7 +121,6 @@ def said():
     found = collections.defaultdict(list)
     for one_node, reachable in ((True, True), (False, True), (False, False)):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(cuda, "HIGH_THROUGHPUT_ENCODES", True)
             patch.setattr(group, "along", lambda *_, reachable=reachable: (tuple(range(R)),) if reachable else None)
             patch.setattr(group, "make_arenas", lambda *_, one_node=one_node: one_node)
             patch.setattr(group, "make_landings", lambda *_, one_node=one_node: one_node)

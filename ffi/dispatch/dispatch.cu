@@ -154,6 +154,14 @@ __global__ void __launch_bounds__(DispatchThreads(kEncodes), 1)
 
 int RoundUp(int64_t value, int to) { return static_cast<int>((value + to - 1) / to * to); }
 
+// How many of the blocks send (measured: docs/measured.md). Layout "rank" leaves own rows alone to be copied, and not even
+// those if they are encoded; elsewhere copying takes longer than the link. To more peers a row that is loaded once
+// leaves several times, so fewer senders fill the link.
+int SendBlocks(const DispatchParams& params, int num_ranks, int num_blocks) {
+  if (params.layout != Layout::kRank) return num_ranks == 2 ? 16 : 12;
+  return params.encoding.x != nullptr ? num_blocks : std::min(num_blocks - num_blocks / 6, 20);
+}
+
 // Rows in pieces of at most `limit` bytes, as many stages as fit into `bytes`.
 Pieces Split(int64_t row_bytes, int64_t second_bytes, int limit, int bytes, int least, int most) {
   Pieces pieces;
@@ -213,8 +221,8 @@ cudaError_t LaunchDispatch(const DispatchParams& params, int num_ranks, const Di
   plan.params = params;
   const bool encodes = plan.encodes();
   const int num_blocks = std::max(1, std::min(config.num_sms, kMaxLanes));
-  // To more peers a row that is loaded once leaves several times, so fewer senders fill the link.
-  const int send_blocks = config.num_send_blocks > 0 ? config.num_send_blocks : num_ranks == 2 ? 16 : 12;
+  const int send_blocks =
+      config.num_send_blocks > 0 ? config.num_send_blocks : SendBlocks(params, num_ranks, num_blocks);
   plan.num_send_blocks = std::min({num_blocks, send_blocks, kMaxSendBlocks});
   const int longest = static_cast<int>((params.num_tokens + plan.num_lanes() - 1ll) / plan.num_lanes());
   const int most_chunks = kMaxChunks / plan.num_lanes();

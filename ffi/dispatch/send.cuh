@@ -120,13 +120,14 @@ class Sender {
           }
           if (second_apart) SendSecond(p.rows[1].x + token * p.rows[1].row_bytes, sends, place.second);
           for (int piece = 0; piece < pieces.per_row; ++piece) {
+            // The stage filled next is the one stored from before this one. A load behind a store would wait for it.
+            WaitBulkRead<0>();
+            __syncwarp();
+            Load();
             WaitMbarrier(&shared_.send_full[warp_][now], parity);
             if (sends) StorePiece(pieces, place.first, place.second, piece, stage_ + now * pieces.stride);
             CommitBulkGroup();
             if (++now == pieces.stages) now = 0, parity ^= 1;
-            WaitBulkRead<1>();  // the stage filled next is the one stored from before this one
-            __syncwarp();
-            Load();
             report();
           }
         }
@@ -153,11 +154,14 @@ class Sender {
   __device__ __forceinline__ Place PlaceOf(int slot) const {
     const DispatchParams& p = plan_.params;
     const int token = lane_ / p.num_topk;
-    int rank = slot >= 0 ? 0 : -1;  // slot / max_recv_tokens; to divide takes longer
+    const uint32_t before = (1u << lane_) - (1u << token * p.num_topk);  // choices of this token
+    int rank = slot >= 0 ? 0 : -1;  // slot / max_recv_tokens, but to divide takes longer
     for (int i = 1; i < call_.num_ranks; ++i) rank += slot >= i * p.max_recv_tokens;
-    const uint32_t same = __match_any_sync(~0u, token * kMaxRanks + rank);
-    const bool sends =
-        rank >= 0 && (kEncodes || rank != call_.rank) && call_.Reaches(rank) && (same & ((1u << lane_) - 1)) == 0;
+    bool sends = rank >= 0 && (kEncodes || rank != call_.rank) && call_.Reaches(rank);
+    for (int i = 0; i < call_.num_ranks; ++i) {
+      const uint32_t chosen = __ballot_sync(~0u, rank == i);
+      sends &= rank != i || (chosen & before) == 0;
+    }
     if (!sends) return {-1, nullptr, nullptr};
     const int64_t row = slot - rank * p.max_recv_tokens;
     return {token, reinterpret_cast<char*>(shared_.address[rank][kRecvRows]) + row * p.rows[0].row_bytes,
@@ -181,14 +185,15 @@ class Sender {
       }
     }
     while (from < 0 && may_help_) {
-      int left = 0;
-      if (lane_ < plan_.num_lanes()) {
-        const unsigned int taken = *const_cast<volatile unsigned int*>(&call_.window->taken_chunks[lane_]);
-        left = shared_.lane_chunks[lane_] - static_cast<int>(taken);
+      int left = 0, of = 0;
+      for (int i = lane_; i < plan_.num_lanes(); i += 32) {
+        const unsigned int taken = *const_cast<volatile unsigned int*>(&call_.window->taken_chunks[i]);
+        const int chunks = shared_.lane_chunks[i] - static_cast<int>(taken);
+        if (chunks > left) left = chunks, of = i;
       }
       const int most = __reduce_max_sync(~0u, left);
       if (most <= 0) break;
-      const int other = __ffs(__ballot_sync(~0u, left == most)) - 1;
+      const int other = __shfl_sync(~0u, of, __ffs(__ballot_sync(~0u, left == most)) - 1);
       number = lane_ == 0 ? atomicAdd(&call_.window->taken_chunks[other], 1u) : 0;
       number = __shfl_sync(~0u, number, 0);
       if (number >= shared_.lane_chunks[other]) continue;
@@ -271,13 +276,13 @@ class Sender {
       WaitBulkRead<1>();
     }
     MeetEncoders();
+    Load();  // first: behind the stores it would wait for them
     if (sends) {
       BulkStore(place.first, slot, hidden);
       if (scale_bytes % 16 == 0) BulkStore(place.second, slot + hidden, scale_bytes);
     }
     CommitBulkGroup();
     if (scale_bytes % 16 != 0) SendSecond(slot + hidden, sends, place.second);
-    Load();
   }
 
   // A row of the second array to every lane's place.

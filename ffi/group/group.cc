@@ -122,10 +122,10 @@ std::string InWords(const Status& status, const std::string& who, const std::str
            " calls of the group in one memory, which is as far as it can; the next run begins anew";
   }
   if (status.phase == kFull) {
-    return std::string(kOperations[status.operation]) + ": " + who + " began a start while " +
+    return std::string(kOperations[status.operation]) + ": " + who + " began a call while " +
            std::to_string(status.lane) +
-           " of its size were in flight, which is all that there is room for: each start needs its done before so many "
-           "others. Where the order is XLA's, jax.lax.optimization_barrier on a start's operand and an earlier done's "
+           " starts of its size were in flight, which is all that there is room for: each start needs its done before so "
+           "many others. Where the order is XLA's, jax.lax.optimization_barrier on a start's operand and an earlier done's "
            "result keeps them apart (docs/overlap.md)";
   }
   std::string text = std::string(kOperations[status.operation]) + ": " + who + " waited for " + whom + " in phase " +
@@ -468,7 +468,8 @@ cudaError_t Group::MakeFork(int rank, int64_t window_bytes, cudaStream_t stream,
   const Rank& of = ranks_[rank];
   Starts& starts = arena->starts[rank];
   if (starts.generation != of.generation) starts.generation = of.generation, starts.count = 0;
-  fork->slot = static_cast<int>(++starts.count & (LandingDepth(window_bytes) - 1));
+  fork->slot = static_cast<int>((starts.count + 1) & (LandingDepth(window_bytes) - 1));
+  fork->count = &starts.count;
   fork->stream = of.push;
   fork->staged = of.staged;
   fork->pushed = starts.pushed[fork->slot];

@@ -34,8 +34,9 @@ enum class Purpose : int { kLowLatency, kHalves };
 struct Fork {
   cudaStream_t stream;
   cudaEvent_t staged, pushed;
-  int slot;        // of the window: host and device count the starts of a generation alike
-  uint32_t peers;  // a bit for each rank that is pushed to
+  int slot;         // of the window: host and device count the starts of a generation alike
+  uint64_t* count;  // of the starts: whoever has launched the stage adds this one
+  uint32_t peers;   // a bit for each rank that is pushed to
 };
 
 class Group {

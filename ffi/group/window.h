@@ -11,7 +11,7 @@ namespace jax_ep {
 
 constexpr int kMaxRanks = 32;       // one warp lane a rank
 constexpr int kMaxLanes = 192;      // flag rows a rank: more than a GPU has multiprocessors
-constexpr int kMaxSendBlocks = 16;  // blocks that count and send in a dispatch
+constexpr int kMaxSendBlocks = 32;  // blocks that count and send in a dispatch
 constexpr int kMaxBins = 2080;      // counts a send block publishes: experts, and ranks in layout "rank"
 constexpr int kMaxChunks = 2048;    // parts of a rank's tokens, each with a flag that its rows are there
 constexpr int kNumAddresses = 8;

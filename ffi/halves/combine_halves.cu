@@ -187,6 +187,7 @@ cudaError_t LaunchCombineStart(const CombineParams& params, const HalfParams& ha
   const Kernel kernel = StageFor(params.dtype, params.weights != nullptr);
   kernel<<<NumBlocks(work, config), kHalfThreads, 0, stream>>>(work);
   if (cudaError_t error = cudaGetLastError(); error != cudaSuccess) return error;
+  ++*fork.count;
   return Push(half, work.layout, fork, stream);
 }
 

@@ -232,6 +232,7 @@ cudaError_t LaunchDispatchStart(const DispatchParams& params, const HalfParams& 
   work.slot = fork.slot;
   StageDispatchKernel<<<NumBlocks(work.layout.num_chunks, config), kHalfThreads, 0, stream>>>(work);
   if (cudaError_t error = cudaGetLastError(); error != cudaSuccess) return error;
+  ++*fork.count;
   return Push(half, work.layout, fork, stream);
 }
 

@@ -73,6 +73,7 @@ __device__ __forceinline__ ArenaCall BeginArenaCall(const LowLatencyParams& para
       masked_since = LoadRelaxedSys(&call.group->masked_since);
     }
     const uint64_t ack = acked_by < call.num_ranks ? LoadAcquireSys(&own->acks[acked_slot][acked_by]) : ~0ull;
+    const uint64_t finished = call.sends ? LoadRelaxedSys(&own->finished[acked_slot]) : 0;
     call.epoch = epoch + 1;
     call.of_this_generation = true;
     bool failed = refused, none = false;
@@ -100,11 +101,11 @@ __device__ __forceinline__ ArenaCall BeginArenaCall(const LowLatencyParams& para
       failed = true;
     }
     if (refused && lane == 0 && call.of_this_generation && !none) Refuse(call);
-    // Calls of a rank run one after another, so a done that has not begun yet never will while this start waits for it.
+    // Calls of a rank run one after another, so a done that has not begun yet never will while this call waits for it.
     const auto depth = static_cast<uint64_t>(call.arenas->depth);
-    if (params.half == Half::kStart && CountOf(call.epoch) > depth &&
-        LoadRelaxedSys(&own->finished[call.SlotOf(call.epoch)]) < call.epoch - depth) {
-      if (lane == 0 && !refused) Fail(call, kFull, call.rank, call.arenas->depth, 0, 0);
+    if (call.sends && CountOf(call.epoch) > depth && lane == call.SlotOf(call.epoch) &&
+        finished < call.epoch - depth) {
+      if (!refused) Fail(call, kFull, call.rank, call.arenas->depth, 0, 0);
       failed = true;
     }
     failed |= call.of_this_generation && failed_epoch != 0 && GenerationOf(failed_epoch) == GenerationOf(call.epoch);

@@ -32,9 +32,6 @@ MAX_STEPS = 2**19 - 1  # tokens a rank, messages of a call between two: kMaxStep
 MAX_ENCODED_HIDDEN = (
     16384  # columns of rows that the high-throughput kernel encodes: kMaxEncodedHidden in ffi/dispatch/dispatch.h
 )
-# The high-throughput kernel encodes rows too, rightly in all its checks; but its benchmark on two GPUs gave no answer at 4096
-# tokens, and why is not known. Until it is, XLA encodes there.
-HIGH_THROUGHPUT_ENCODES = False
 INT_MAX = 2**31 - 1
 IN_FLIGHT_BYTES = 16  # that a start leaves at the head of its first result, for its done
 
@@ -231,7 +228,7 @@ def _dispatch_encoded(
     values, scales = (_row_bytes(row) for row in ctx.avals_out[:2])
     window = _dispatch_window([values, scales], routing, has_weights, False, encodes=True)
     target = _with_arenas(devices, window, targets.LOW_LATENCY_DISPATCH, targets.DISPATCH)
-    if target == targets.DISPATCH and (not HIGH_THROUGHPUT_ENCODES or values > MAX_ENCODED_HIDDEN):
+    if target == targets.DISPATCH and values > MAX_ENCODED_HIDDEN:
         return None
     return _call_dispatch(target, ctx, operands, routing, devices, num_rows, has_weights, wire=wire)
 

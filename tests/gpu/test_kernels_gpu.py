@@ -7,7 +7,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 import jax_ep
-from jax_ep._src import cuda, group
+from jax_ep._src import group
 
 MODES = ["high_throughput", "low_latency"]
 
@@ -79,7 +79,6 @@ def test_both_kinds_of_kernels_and_the_reference_agree_to_the_bit(layout, monkey
 @pytest.mark.parametrize("layout", ["expert", "rank", "batched"])
 def test_rows_that_kernels_encode_are_those_of_the_reference(layout, wire, monkeypatch):
     """The last group of 128 columns is short; some rows have an inf or NaN, some are zero."""
-    monkeypatch.setattr(cuda, "HIGH_THROUGHPUT_ENCODES", True)
 
     def received(mode):
         def f(x, idx, gates):

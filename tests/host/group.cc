@@ -373,6 +373,7 @@ void Forks() {
   const auto fork = [&](int64_t bytes) {
     Fork fork{};
     EXPECT(group.MakeFork(0, bytes, stream, &fork) == cudaSuccess);
+    ++*fork.count;
     return fork;
   };
   Fork none{};
@@ -381,6 +382,8 @@ void Forks() {
   EXPECT(group.landings(0, kSmall).depth == 4 && group.landings(0, kLarge).depth == 2);
   // Four windows of 64 MB and two of 128 are not one arena.
   EXPECT(Group::LandingArenaBytes(64 << 20) != Group::LandingArenaBytes(128 << 20));
+  Fork failed{};  // its launch: then it does not count
+  EXPECT(group.MakeFork(0, kSmall, stream, &failed) == cudaSuccess && failed.slot == 1);
   const Fork first = fork(kSmall);
   EXPECT(first.slot == 1 && first.peers == 2);
   for (int slot : {2, 3, 0}) EXPECT(fork(kSmall).slot == slot);

@@ -484,7 +484,7 @@ int Timeout() {
     ok &= calls.Wait();
     const auto begin = std::chrono::steady_clock::now();
     calls.OnAll([&](int r, cudaStream_t s) { return calls.CombineStart(r, s, words, false); });
-    const bool told = !calls.Wait() && calls.ranks().failure.find("began a start while") != std::string::npos;
+    const bool told = !calls.Wait() && calls.ranks().failure.find("began a call while") != std::string::npos;
     const double seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count();
     std::printf("a start too many: told %d, after %.2f s\n", told, seconds);
     Group::SetTimeout(0.5);
