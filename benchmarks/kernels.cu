@@ -26,6 +26,8 @@ using namespace jax_ep;
 
 namespace {
 
+constexpr double kPatience = 30;  // seconds for what is launched at once
+
 struct Request {
   std::string mode;
   std::vector<std::string> operations;
@@ -113,7 +115,7 @@ std::vector<double> Time(Ranks& ranks, const Request& request, const Call& call)
     timeline.push_back(std::make_unique<Timeline>());
   }
   for (int k = 0; k < kWarmUps; ++k) ranks.Launch(call);
-  if (!ranks.Wait()) return {};
+  if (!ranks.Wait(kPatience)) return {};
   if (request.graph) {
     ranks.Launch([&](int rank, cudaStream_t stream) {
       return Capture(call, rank, stream, request.calls, &timeline[rank]->graph);
@@ -129,7 +131,7 @@ std::vector<double> Time(Ranks& ranks, const Request& request, const Call& call)
       if (error == cudaSuccess && request.graph) error = cudaGraphLaunch(of.graph, stream);
       return error == cudaSuccess ? cudaEventRecord(of.end, stream) : error;
     });
-    if (!ranks.Wait()) return {};
+    if (!ranks.Wait(kPatience)) return {};
     double slowest = 0;
     for (const auto& of : timeline) {
       float ms;
@@ -286,12 +288,14 @@ std::string Measure(const Request& request) {
   } else {
     return Failed("no kernels of mode " + request.mode);
   }
+  ranks.doing = "the first dispatch";
   ranks.Launch(calls.at("dispatch"));  // the routing that the others follow
-  if (!ranks.Wait()) return Failed(ranks.failure);
+  if (!ranks.Wait(kPatience)) return Failed(ranks.failure);
   std::ostringstream out;
   for (const std::string& name : request.operations) {
     const auto call = calls.find(name);
     if (call == calls.end()) return Failed("no operation " + name);
+    ranks.doing = name;
     const std::vector<double> times = Time(ranks, request, call->second);
     if (times.empty()) return Failed(name + ": " + ranks.failure);
     out << (out.tellp() > 0 ? ", " : "{") << '"' << name << "\": [";

@@ -204,7 +204,7 @@ struct Worker {
 
 template <class T, bool kWeighted, int V>
 __global__ void __launch_bounds__(kThreads, 1) CombineKernel(const __grid_constant__ CombineParams p) {
-  extern __shared__ __align__(16) char dynamic[];
+  extern __shared__ __align__(128) char dynamic[];
   auto& shared = *reinterpret_cast<StreamShared<V>*>(dynamic);
   const Call call = BeginCall(p.group, kCombine);
   const Steps steps = StreamSteps(p, call.num_ranks, SumPipe<T, kWeighted, V>::kPieceBytes);

@@ -293,7 +293,7 @@ struct GradWorker {
 
 template <class T>
 __global__ void __launch_bounds__(kGradThreads, 1) CombineGradKernel(const __grid_constant__ CombineGradParams p) {
-  extern __shared__ __align__(16) char dynamic[];
+  extern __shared__ __align__(128) char dynamic[];
   auto& shared = *reinterpret_cast<GradShared*>(dynamic);
   const Call call = BeginCall(p.group, kCombineGrad);
   const int warp = threadIdx.x / 32;

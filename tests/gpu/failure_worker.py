@@ -26,7 +26,7 @@ MESH = jax.make_mesh((R,), ("e",), axis_types=(jax.sharding.AxisType.Auto,))
 
 
 def dispatch(x, idx):
-    return jax_ep.dispatch(x, idx, axis_name="e", num_experts=R)
+    return jax_ep.dispatch(x, idx, axis_name="e", num_experts=R, mode="high_throughput")
 
 
 def layer(x, idx):

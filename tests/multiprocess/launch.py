@@ -49,11 +49,31 @@ def run(
     own = [dict(variables) for variables in environments or [{}] * num_processes]
     for variables, visible in zip(own, gpus or [], strict=gpus is not None):
         variables["CUDA_VISIBLE_DEVICES"] = visible
+    for tries_left in (2, 1, 0):
+        returned, failure = _run_once(worker, own, environment, arguments or {}, dies, timeout)
+        if failure is None:
+            return returned
+        # Another test's process may take the port before the coordinator does.
+        if not tries_left or "address already in use" not in failure.lower():
+            raise AssertionError(f"{worker}: {failure}")
+    raise AssertionError("unreachable")
+
+
+def _run_once(
+    worker: str,
+    own: Sequence[dict[str, str]],
+    environment: dict[str, str],
+    arguments: dict[str, Any],
+    dies: int | None,
+    timeout: float,
+) -> tuple[list[Any], str | None]:
+    """The results, or what failed."""
+    num_processes = len(own)
     with tempfile.TemporaryDirectory() as folder:
         results = [Path(folder) / f"result{i}.json" for i in range(num_processes)]
         job = {
             "worker": worker,
-            "arguments": arguments or {},
+            "arguments": arguments,
             "coordinator": f"localhost:{processes.free_port()}",
             "num_processes": num_processes,
             "dies": dies,
@@ -64,8 +84,8 @@ def run(
         ]
         failure = processes.run(commands, [environment | variables for variables in own], timeout=timeout, dies=dies)
         if failure:
-            raise AssertionError(f"{worker}: {failure}")
-        return [json.loads(path.read_text()) if i != dies else None for i, path in enumerate(results)]
+            return [], failure
+        return [json.loads(path.read_text()) if i != dies else None for i, path in enumerate(results)], None
 
 
 def main() -> None:

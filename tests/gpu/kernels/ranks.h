@@ -80,6 +80,7 @@ struct Ranks {
 
   inline static int64_t run = 1;  // a process numbers its runs, whichever ranks make them
   std::string failure;            // of the run
+  std::string doing;              // told of a rank that does not end
   uint32_t absent = 0;            // ranks that do not call
 
   bool IsAbsent(size_t rank) const { return (absent >> rank & 1) != 0; }
@@ -118,6 +119,43 @@ struct Ranks {
     return told.empty() ? cudaSuccess : cudaErrorLaunchFailure;
   }
 
+  // Of a rank that does not end: what its window says of the call, so that one look tells which warps are not through.
+  void Report(size_t rank) const {
+    GroupView view;
+    Window* window = nullptr;
+    cudaStream_t beside;
+    CHECK_CUDA(cudaSetDevice(device[rank]));
+    CHECK_CUDA(cudaStreamCreateWithFlags(&beside, cudaStreamNonBlocking));
+    CHECK_CUDA(cudaMallocHost(&window, sizeof *window));
+    CHECK_CUDA(cudaMemcpyAsync(&view, group.view(rank), sizeof view, cudaMemcpyDeviceToHost, beside));
+    CHECK_CUDA(cudaStreamSynchronize(beside));
+    CHECK_CUDA(cudaMemcpyAsync(window, view.window[rank], sizeof *window, cudaMemcpyDeviceToHost, beside));
+    CHECK_CUDA(cudaStreamSynchronize(beside));
+    std::printf("rank %zu: calls ended %llu, failed %llu, blocks through %u, own rows %u, zero rows %u, copies %u, chunks",
+                rank, (unsigned long long)window->epoch, (unsigned long long)window->failed_epoch, window->exits,
+                window->taken_own_rows, window->taken_zero_rows, window->taken_copies);
+    for (unsigned int taken : window->taken_chunks) std::printf(" %u", taken);
+    const uint64_t call = window->epoch + 1;
+    for (int source = 0; source < view.num_ranks; ++source) {
+      std::printf("; of rank %d: posts", source);
+      for (int lane = 0; lane < kMaxSendBlocks; ++lane)
+        std::printf(" %d", EpochOf(window->post[call & 1][source][lane]) == call);
+      std::printf(", progress");
+      for (int lane = 0; lane < kMaxSendBlocks; ++lane) {
+        const uint64_t flag = window->progress[source][lane];
+        if (EpochOf(flag) != call) {
+          std::printf(" -");
+        } else {
+          std::printf(" %x", StateOf(flag));
+        }
+      }
+      int arrived = 0;
+      for (uint64_t flag : window->arrived[source]) arrived += EpochOf(flag) == call;
+      std::printf(", chunks %d", arrived);
+    }
+    std::printf("\n");
+  }
+
   bool Wait(double seconds = 100) {
     const auto start = std::chrono::steady_clock::now();
     for (size_t i = 0; i < stream.size(); ++i) {
@@ -125,7 +163,8 @@ struct Ranks {
       cudaError_t error;
       while ((error = cudaStreamQuery(stream[i])) == cudaErrorNotReady) {
         if (std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count() > seconds) {
-          std::printf("HANG: rank %zu did not finish\n", i);
+          std::printf("HANG: rank %zu did not finish %s\n", i, doing.c_str());
+          for (size_t rank = 0; rank < stream.size(); ++rank) Report(rank);
           std::fflush(stdout);
           std::_Exit(3);
         }
