@@ -211,11 +211,12 @@ def measure(
     """A point's rows, as they are measured. `gigabytes`: for each number of GPUs what p2p_ceiling.cu found."""
     machine = Machine.of(program.hello)
     more = {"cuda": {name: program.hello[name] for name in ("driver", "runtime")}}
-    longest = 0.0
+    longest, started = 0.0, time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         routing = Path(folder) / "routing"
         for seed, point in enumerate(points):
             began = time.monotonic()
+            announce(point, began - started)
             operations = point.operations(options.operations)
             answer: dict[str, list[float]] = {}
             crossing, sizes = None, {}
@@ -239,15 +240,20 @@ def measure(
             ]
 
 
+def announce(point: Point, seconds: float) -> None:
+    """Begins a point's line on standard error before it is measured: who is cut off has said where."""
+    keys = ("mode", "model", "layout", "ranks", "tokens", "sms", "wire", "routing", "graph")
+    what = " ".join(f"{key} {getattr(point, key)}" for key in keys)
+    print(f"{seconds:6.1f} s  {what}:", end=" ", file=sys.stderr, flush=True)
+
+
 def show(rows: Sequence[Row]) -> None:
-    """A line a point, on standard error: µs and share of the ceiling."""
-    keys = ("mode", "case", "layout", "ranks", "tokens", "sms", "wire", "routing", "graph")
-    point = " ".join(f"{key} {rows[0][key]}" for key in keys)
+    """Ends the line: µs and share of the ceiling."""
     told = (
         row["error"] or f"{row['operation']} {row['us']:.1f}" + (f" ({1 / row['ratio']:.2f})" if row["ratio"] else "")
         for row in rows
     )
-    print(f"{point}: {', '.join(dict.fromkeys(told))}", file=sys.stderr, flush=True)
+    print(", ".join(dict.fromkeys(told)), file=sys.stderr, flush=True)
 
 
 def modes_there_are() -> list[str]:

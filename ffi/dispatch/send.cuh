@@ -71,6 +71,7 @@ class Sender {
   // Sends what Begin has loaded, and chunks until none are left.
   __device__ void Run() {
     constexpr int kReportEvery = 4, kUnreported = 12;  // pieces; a store over the link takes several µs to complete
+    static_assert(kMaxSendStages + kUnreported + kReportEvery <= kChunkRing, "else Take could wait for this warp's own report");
     const DispatchParams& p = plan_.params;
     const Pieces& pieces = plan_.send;
     const bool second_apart = !kEncodes && p.num_row_arrays > 1 && pieces.second_bytes == 0;
