@@ -12,8 +12,8 @@
 
 namespace jax_ep {
 
-// Loads one piece, which begins at `first`, into a stage; the first of a row with the row of the second array at `second`.
-// Called by one lane.
+// Loads one piece, which begins at `first`, into a stage; the first of a row with the row of the second array at
+// `second`. Called by one lane.
 __device__ __forceinline__ void LoadPiece(const Pieces& pieces, const char* first, const char* second, int piece,
                                           char* stage, uint64_t* full) {
   const int size = pieces.Size(piece), second_size = piece == 0 ? pieces.second_bytes : 0;
@@ -46,8 +46,8 @@ __device__ __forceinline__ void CopySmallRow(char* target, const char* source, i
 }
 
 // A sending warp. Its instructions are what few ranks wait for, so places are found for several tokens at once: lane
-// j * K + k serves choice k of the j-th. The first choice on a rank sends the row there. Own rows are the copiers' work,
-// but for encoded ones: here alone they are. Few rows in flight: more would clog the receivers' links.
+// j * K + k serves choice k of the j-th. The first choice on a rank sends the row there. Own rows are the copiers'
+// work, but for encoded ones: here alone they are. Few rows in flight: more would clog the receivers' links.
 template <bool kEncodes>
 class Sender {
  public:
@@ -71,7 +71,8 @@ class Sender {
   // Sends what Begin has loaded, and chunks until none are left.
   __device__ void Run() {
     constexpr int kReportEvery = 4, kUnreported = 12;  // pieces; a store over the link takes several µs to complete
-    static_assert(kMaxSendStages + kUnreported + kReportEvery <= kChunkRing, "else Take could wait for this warp's own report");
+    static_assert(kMaxSendStages + kUnreported + kReportEvery <= kChunkRing,
+                  "else Take could wait for this warp's own report");
     const DispatchParams& p = plan_.params;
     const Pieces& pieces = plan_.send;
     const bool second_apart = !kEncodes && p.num_row_arrays > 1 && pieces.second_bytes == 0;

@@ -103,8 +103,7 @@ __device__ __forceinline__ ArenaCall BeginArenaCall(const LowLatencyParams& para
     if (refused && lane == 0 && call.of_this_generation && !none) Refuse(call);
     // Calls of a rank run one after another, so a done that has not begun yet never will while this call waits for it.
     const auto depth = static_cast<uint64_t>(call.arenas->depth);
-    if (call.sends && CountOf(call.epoch) > depth && lane == call.SlotOf(call.epoch) &&
-        finished < call.epoch - depth) {
+    if (call.sends && CountOf(call.epoch) > depth && lane == call.SlotOf(call.epoch) && finished < call.epoch - depth) {
       if (!refused) Fail(call, kFull, call.rank, call.arenas->depth, 0, 0);
       failed = true;
     }

@@ -11,5 +11,9 @@ def one_fails_one_hangs():
     time.sleep(600)
 
 
+def all_hang():
+    time.sleep(600)
+
+
 def chosen_gpus():
     return jax.config.values["jax_cuda_visible_devices"]

@@ -17,7 +17,7 @@ def test_a_process_that_fails_ends_the_one_that_waits():
 @pytest.mark.multiprocess
 def test_a_deadline_ends_all_processes():
     with pytest.raises(AssertionError, match=r"process 0, 1 still ran after 0\.5 s"):
-        launch.run("launch_worker:one_fails_one_hangs", devices_per_process=1, timeout=0.5)
+        launch.run("launch_worker:all_hang", devices_per_process=1, timeout=0.5)
 
 
 @pytest.mark.multiprocess
