@@ -155,14 +155,16 @@ __global__ void __launch_bounds__(DispatchThreads(kEncodes), 1)
 int RoundUp(int64_t value, int to) { return static_cast<int>((value + to - 1) / to * to); }
 
 // How many of the blocks send (measured: docs/measured.md). Where rows are copied on, that takes longer than the link.
-// Layout "rank" leaves own rows alone to be copied, and not even those if they are encoded. To more peers a row that is
-// loaded once leaves several times, so fewer senders fill the link; of short rows a sender moves fewer bytes.
+// Layout "rank" leaves own rows alone to be copied, and not even those if they are encoded; long ones that wait for
+// their places take more blocks. To more peers a row that is loaded once leaves several times, so fewer senders fill
+// the link; of short rows a sender moves fewer bytes.
 int SendBlocks(const DispatchParams& params, int num_ranks, int num_blocks) {
-  constexpr int64_t kShortRow = 8192;
   if (params.layout != Layout::kRank) return num_ranks == 2 ? 16 : 12;
   if (params.encoding.x != nullptr) return num_blocks;
-  if (num_ranks > 2 && params.rows[0].row_bytes > kShortRow) return 12;
-  return std::clamp(num_blocks - num_blocks / 6, 16, 20);
+  const bool short_rows = params.rows[0].row_bytes <= 8192;
+  if (num_ranks > 2 && !short_rows) return 12;
+  const int copy = params.operation == kDispatchCached || short_rows ? num_blocks / 6 : num_blocks / 3;
+  return std::clamp(num_blocks - copy, 16, 20);
 }
 
 // Rows in pieces of at most `limit` bytes, as many stages as fit into `bytes`.
