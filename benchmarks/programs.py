@@ -138,20 +138,7 @@ def dispatch_of(
     """x, weights, topk_idx -> what a case's dispatch, or `call`, returns."""
 
     def dispatch(x: jax.Array, weights: jax.Array, topk_idx: jax.Array) -> Any:
-        return call(
-            x,
-            topk_idx,
-            weights,
-            axis_name=case.axis_name,
-            num_experts=case.num_experts,
-            layout=case.layout,
-            max_recv_tokens=case.max_recv_tokens,
-            expert_alignment=case.expert_alignment,
-            expert_capacity=case.expert_capacity,
-            wire=wire,
-            mode=mode,
-            num_sms=num_sms,
-        )
+        return call(x, topk_idx, weights, **case.dispatch_options, wire=wire, mode=mode, num_sms=num_sms)
 
     return dispatch
 

@@ -38,6 +38,12 @@ class Case:
     def num_local_experts(self):
         return self.num_experts // self.num_ranks
 
+    @property
+    def dispatch_options(self):
+        """What it says to jax_ep.dispatch."""
+        names = ("axis_name", "num_experts", "layout", "max_recv_tokens", "expert_alignment", "expert_capacity")
+        return {name: getattr(self, name) for name in names}
+
 
 def fitted(case):
     """The case on the ranks there are: on fewer GPUs than it names, with as many experts on each."""

@@ -80,18 +80,7 @@ def on_every_rank(case, f, **shard_map_options):
 def dispatch(case, x, topk_idx, weights=None, start_only=False, **options):
     """What the case says, inside shard_map."""
     call = jax_ep.dispatch_start if start_only else jax_ep.dispatch
-    return call(
-        x,
-        topk_idx,
-        weights,
-        axis_name=case.axis_name,
-        num_experts=case.num_experts,
-        layout=case.layout,
-        max_recv_tokens=case.max_recv_tokens,
-        expert_alignment=case.expert_alignment,
-        expert_capacity=case.expert_capacity,
-        **options,
-    )
+    return call(x, topk_idx, weights, **case.dispatch_options, **options)
 
 
 def expect(case, handle, topk_idx, x, weights=None, dead=()):
