@@ -67,9 +67,10 @@ clean:
 	@touch $@
 
 dist/built: .venv/tools $(compiled) $(shell find jax_ep -name '*.py')
-	@echo "== dist: the wheel (a minute)"
+	@echo "== dist: the wheel (a minute; seconds where the editable install has compiled it)"
 	@rm -rf dist
-	@.venv/bin/python -m pip wheel --quiet --disable-pip-version-check --no-build-isolation --no-deps --wheel-dir dist .
+	@.venv/bin/python -m pip wheel --quiet --disable-pip-version-check --no-build-isolation --no-deps \
+	  $(if $(wildcard .venv/installed),-C build-dir=build/editable) --wheel-dir dist .
 	@touch $@
 
 .venv-newest/installed: dist/built
