@@ -80,12 +80,16 @@ def pytest_terminal_summary(terminalreporter, exitstatus, config):
     for report in stats.get("passed", []):
         file = report.nodeid.split("::")[0]
         tests[file] = tests.get(file, 0) + 1
-    git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short=12", "HEAD"]
-    commit = os.environ.get("JAX_EP_COMMIT") or subprocess.run(git, capture_output=True, text=True).stdout.strip()
+
+    def git(*arguments):
+        command = ["git", "-C", str(Path(__file__).parent), *arguments]
+        return subprocess.run(command, capture_output=True, text=True).stdout.strip()
+
     devices = jax.devices()
     record = {
         "command": " ".join(["pytest", *config.invocation_params.args]).replace(path, Path(path).name),
-        "commit": commit,
+        "commit": os.environ.get("JAX_EP_COMMIT") or git("rev-parse", "--short=12", "HEAD"),
+        "dirty": bool(git("status", "--porcelain", "--untracked-files=no")),
         "date": time.strftime("%Y-%m-%d", time.gmtime()),
         "machine": f"{len(devices)} x {devices[0].device_kind}",
         "python": sys.version.split()[0],
