@@ -8,7 +8,7 @@
 
 PYTEST_ARGS ?=
 DEMO_ARGS ?=
-NEWEST_ARGS ?= -k "not batched and not rank and not float16" --ignore=tests/gpu --ignore=tests/slurm \
+NEWEST_ARGS ?= -k "not batched and not rank and not [float16 and not -float16" --ignore=tests/gpu --ignore=tests/slurm \
   $(addprefix --ignore=tests/test_,benchmarks.py example.py formats.py group_host.py logfmt.py packaging.py quantized.py readme.py soak.py) \
   $(addprefix --ignore=tests/multiprocess/test_,doctor.py groups.py internode.py internode_gpu.py exchange_gpu.py launch.py)
 

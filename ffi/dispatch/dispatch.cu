@@ -162,7 +162,7 @@ int SendBlocks(const DispatchParams& params, int num_ranks, int num_blocks) {
   if (params.layout != Layout::kRank) return num_ranks == 2 ? 16 : 12;
   if (params.encoding.x != nullptr) return num_blocks;
   const bool short_rows = params.rows[0].row_bytes <= 8192;
-  if (num_ranks > 2 && !short_rows) return 12;
+  if (num_ranks == 1 || (num_ranks > 2 && !short_rows)) return 12;
   const int copy = params.operation == kDispatchCached || short_rows ? num_blocks / 6 : num_blocks / 3;
   return std::clamp(num_blocks - copy, 16, 20);
 }

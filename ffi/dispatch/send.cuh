@@ -122,7 +122,7 @@ class Sender {
           }
           if (second_apart) SendSecond(p.rows[1].x + token * p.rows[1].row_bytes, sends, place.second);
           for (int piece = 0; piece < pieces.per_row; ++piece) {
-            // The stage filled next is the one stored from before this one. A load behind a store would wait for it.
+            // The stage filled next is the one stored from before this one.
             WaitBulkRead<0>();
             __syncwarp();
             Load();
@@ -278,7 +278,7 @@ class Sender {
       WaitBulkRead<1>();
     }
     MeetEncoders();
-    Load();  // first: behind the stores it would wait for them
+    Load();
     if (sends) {
       BulkStore(place.first, slot, hidden);
       if (scale_bytes % 16 == 0) BulkStore(place.second, slot + hidden, scale_bytes);

@@ -125,10 +125,8 @@ std::string InWords(const Status& status, const std::string& who, const std::str
     return std::string(kOperations[status.operation]) + ": " + who + " began a call while " +
            std::to_string(status.lane) +
            " starts of its size were in flight, which is all that there is room for: each start needs its done before "
-           "so "
-           "many others. Where the order is XLA's, jax.lax.optimization_barrier on a start's operand and an earlier "
-           "done's "
-           "result keeps them apart (docs/overlap.md)";
+           "so many others. Where the order is XLA's, jax.lax.optimization_barrier on a start's operand and an "
+           "earlier done's result keeps them apart (docs/overlap.md)";
   }
   std::string text = std::string(kOperations[status.operation]) + ": " + who + " waited for " + whom + " in phase " +
                      kPhases[status.phase] + ", lane " + std::to_string(status.lane) + ", call " + number(epoch) +

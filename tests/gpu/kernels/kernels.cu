@@ -70,6 +70,11 @@ int Check(int argc, char** argv) {
   Case models[] = {
       {"DeepSeek-V3 expert", 2, 4096, 8, 256, Layout::kExpert, 128, 0, 40960, bf16, 7168, 0, true, 0, 0, 24, 12},
       {"DeepSeek-V3 rank", 2, 4096, 8, 256, Layout::kRank, 1, 0, 0, bf16, 7168, 0, true, 0, 0, 24, 12},
+      // As many send blocks as a call takes by itself: more lanes than a warp has, too.
+      {"DeepSeek-V3 rank, 24 SMs", 2, 4096, 8, 256, Layout::kRank, 1, 0, 0, bf16, 7168, 0, true, 0, 0, 24, 0},
+      {"DeepSeek-V3 rank, 64 SMs", 2, 4096, 8, 256, Layout::kRank, 1, 0, 0, bf16, 7168, 0, true, 0, 0, 64, 0},
+      {"DeepSeek-V3 rank, fp8-sized", 2, 4096, 8, 256, Layout::kRank, 1, 0, 0, bf16, 3584, 224, true, 0, 0, 24, 0},
+      {"short rows, uneven lanes", 2, 1003, 6, 48, Layout::kRank, 1, 0, 1500, bf16, 264, 0, true, 0.2, 0.05, 40, 0},
       {"GPT-OSS batched, four ranks", 4, 1024, 4, 128, Layout::kBatched, 1, 256, 0, bf16, 2880, 0, true, 0, 0.02, 24,
        12},
   };
