@@ -399,16 +399,21 @@ __device__ __forceinline__ void EncodeStep(LaneEncoder<kWire, T>& lane) {
   EncodeLoaded<kWhole>(lane);
 }
 
+// The same address, known to be one of shared memory, so that loads and stores are that memory's. By conversion: an
+// assumption (__builtin_assume of __isShared) that a compiler takes for false would make all behind it unreachable, and
+// of the wait before it a loop without an end.
+template <class T>
+__device__ __forceinline__ T* InShared(T* pointer) {
+  return static_cast<T*>(__cvta_shared_to_generic(__cvta_generic_to_shared(pointer)));
+}
+
 // Encodes T[hidden] at `row` into e4m3[hidden] at `values` and NumGroups scales at `scales`, all in shared memory.
 // Called by one whole warp; several warps may share a row, each with its own `part`. What it wrote is visible to other
 // threads after __syncwarp or __syncthreads, to bulk stores after FenceProxyAsyncShared as well.
 template <Wire kWire, class T>
 __device__ __forceinline__ void EncodeRow(const char* row, int hidden, char* values, char* scales, int part = 0,
                                           int num_parts = 1) {
-  __builtin_assume(__isShared(row));
-  __builtin_assume(__isShared(values));
-  __builtin_assume(__isShared(scales));
-  LaneEncoder<kWire, T> lane(row, hidden, values, scales, threadIdx.x % 32, part);
+  LaneEncoder<kWire, T> lane(InShared(row), hidden, InShared(values), InShared(scales), threadIdx.x % 32, part);
   int step = part;
   // Two steps side by side: what waits for the one is filled by the other.
   for (; (step + num_parts + 1) * kStepColumns <= hidden; step += 2 * num_parts) {

@@ -1,4 +1,4 @@
-"""A process in which one rank does not do as the others do: failure_worker.py SCENARIO MODE. test_failures_gpu.py reads its report.
+"""A process in which one rank does not do as the others do: failure_worker.py SCENARIO LAUNCH MODE. test_failures_gpu.py reads its report.
 
 Every token goes to every rank once, so a layer of ones is R. The timeout is set when groups and programs are there already.
 """
@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec as P
 
 import jax_ep
 
-SCENARIO, MODE = sys.argv[1:]
+SCENARIO, LAUNCH, MODE = sys.argv[1:]
 TIMEOUT, ODD = 0.5, 1  # seconds, and the rank that differs
 OPTIONS = {
     "launched": {"xla_gpu_enable_command_buffer": ""},
@@ -26,12 +26,12 @@ MESH = jax.make_mesh((R,), ("e",), axis_types=(jax.sharding.AxisType.Auto,))
 
 
 def dispatch(x, idx):
-    return jax_ep.dispatch(x, idx, axis_name="e", num_experts=R, mode="high_throughput")
+    return jax_ep.dispatch(x, idx, axis_name="e", num_experts=R, mode=MODE)
 
 
 def layer(x, idx):
     recv, handle = dispatch(x, idx)
-    return jax_ep.combine(recv.x, handle)
+    return jax_ep.combine(recv.x, handle, mode=MODE)
 
 
 def is_odd():
@@ -44,7 +44,7 @@ def no_dispatch(x, idx):
 
 def no_combine(x, idx):
     recv, handle = dispatch(x, idx)
-    return lax.cond(is_odd(), lambda: x, lambda: jax_ep.combine(recv.x, handle))
+    return lax.cond(is_odd(), lambda: x, lambda: jax_ep.combine(recv.x, handle, mode=MODE))
 
 
 def one_more_trip(x, idx):
@@ -62,9 +62,9 @@ def late(x, idx):
 SCENARIOS = {"no_dispatch": no_dispatch, "no_combine": no_combine, "one_more_trip": one_more_trip, "late": late}
 
 
-def program(f, mode):
+def program(f, launch):
     sharded = jax.shard_map(f, mesh=MESH, in_specs=P("e"), out_specs=P("e"), check_vma=False)
-    return jax.jit(sharded, compiler_options=OPTIONS[mode])
+    return jax.jit(sharded, compiler_options=OPTIONS[launch])
 
 
 def outcome(f, scale=1):
@@ -81,13 +81,13 @@ def outcome(f, scale=1):
     return {"is": what, "seconds": time.monotonic() - start}
 
 
-good, launched, bad = program(layer, MODE), program(layer, "launched"), program(SCENARIOS[SCENARIO], "launched")
+good, launched, bad = program(layer, LAUNCH), program(layer, "launched"), program(SCENARIOS[SCENARIO], "launched")
 before = [outcome(f, scale) for f in (good, launched) for scale in (1, 2, 3)]  # captured, then replayed
 jax_ep.config.timeout = TIMEOUT if SCENARIO != "late" else 30.0
 report = {"before": before, "failing": outcome(bad)}
 report["next"] = [outcome(good, scale) for scale in (1, 2)]  # of graphs: replays
 report["launched"] = [outcome(launched)]
-fresh = program(lambda x, idx: layer(x, idx), MODE)
+fresh = program(lambda x, idx: layer(x, idx), LAUNCH)
 report["fresh"] = [outcome(fresh, scale) for scale in range(1, 9)]
 report["by turns"] = [outcome(f, scale) for scale in range(1, 5) for f in (good, launched, fresh)]
 print("REPORT", json.dumps(report))
