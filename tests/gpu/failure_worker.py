@@ -31,7 +31,7 @@ def dispatch(x, idx):
 
 def layer(x, idx):
     recv, handle = dispatch(x, idx)
-    return jax_ep.combine(recv.x, handle, mode=MODE)
+    return jax_ep.combine(recv.x, handle)
 
 
 def is_odd():
@@ -44,7 +44,7 @@ def no_dispatch(x, idx):
 
 def no_combine(x, idx):
     recv, handle = dispatch(x, idx)
-    return lax.cond(is_odd(), lambda: x, lambda: jax_ep.combine(recv.x, handle, mode=MODE))
+    return lax.cond(is_odd(), lambda: x, lambda: jax_ep.combine(recv.x, handle))
 
 
 def one_more_trip(x, idx):
