@@ -3,7 +3,7 @@
     python -m tests.soak --calls 20000 --programs 32 --seed 0 --seconds 600 --out soak.json
     python -m tests.soak --programs 32 --seed 0 --first 1234 --calls 1      # call 1234 of that again
 
-A program is a shape, layout, dtype, wire, alignment, capacity and group of devices; a call is new rows and a new routing.
+A program is a shape, layout, dtype, wire, mode, alignment, capacity and group of devices; a call is new rows and a new routing.
 The same program is compiled twice, with the kernels and with the reference, which uses XLA's collectives: every call is
 compared on the devices. The first call of a program and every --oracle-every-th are compared with NumPy's oracle as well.
 On CPU both compilations are the reference, and the oracle is the test. test_soak.py runs a few calls.
@@ -35,6 +35,7 @@ from jax_ep._src import group
 
 ROWS_BYTES = {"small": 1 << 16, "full": 1 << 26}  # of a rank's result, at most
 KINDS = ("layer", "cached", "loop", "gradient")
+MODES = ("auto", "high_throughput", "low_latency")  # what a mode does not fit is the other's
 MAX_LAYERS = 4  # of a loop
 IN_FLIGHT = 32
 STYLES = (
@@ -72,6 +73,7 @@ class Program:
     combine_wire: str | None
     has_weights: bool
     num_sms: int | None
+    mode: str
 
     # ---- the mesh --------------------------------------------------------------------------------------------------------
 
@@ -111,6 +113,7 @@ class Program:
             expert_capacity=self.expert_capacity,
             wire=self.wire,
             num_sms=self.num_sms,
+            mode=self.mode,
         )
         rows = recv.x if self.wire is None else lax.optimization_barrier(jax_ep.dequantize(recv.x))
         gates = recv.weights if self.has_weights and self.layout != "rank" else None
@@ -234,6 +237,7 @@ def draw_program(seed, index, size):
         combine_wire=None if combine_wire is None else str(combine_wire),
         has_weights=bool(rng.random() < 0.7),
         num_sms=[None, None, 4, 16, 64][rng.integers(5)],
+        mode=str(rng.choice(MODES)),
     )
 
 

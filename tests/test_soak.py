@@ -64,6 +64,17 @@ def test_a_call_is_the_same_when_it_is_made_again(soak):
 def test_programs_differ_in_all_that_a_program_is(soak):
     programs = [soak.draw_program(0, i, "full") for i in range(200)]
     assert programs == [soak.draw_program.__wrapped__(0, i, "full") for i in range(200)]
-    for name in ("kind", "axis_name", "num_tokens", "hidden", "num_topk", "num_experts", "layout", "dtype", "wire"):
+    for name in (
+        "kind",
+        "axis_name",
+        "num_tokens",
+        "hidden",
+        "num_topk",
+        "num_experts",
+        "layout",
+        "dtype",
+        "wire",
+        "mode",
+    ):
         values = {getattr(program, name) for program in programs}
         assert len(values) > (1 if jax.device_count() > 1 or name != "axis_name" else 0), name
