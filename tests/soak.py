@@ -14,10 +14,13 @@ import benchmarks  # first, as it arranges sys.path
 # isort: split
 import argparse
 import collections
+import concurrent.futures
 import dataclasses
 import functools
 import json
+import os
 import sys
+import threading
 import time
 from pathlib import Path
 from unittest import mock
@@ -37,7 +40,10 @@ ROWS_BYTES = {"small": 1 << 16, "full": 1 << 26}  # of a rank's result, at most
 KINDS = ("layer", "cached", "loop", "gradient")
 MODES = ("auto", "high_throughput", "low_latency")  # what a mode does not fit is the other's
 MAX_LAYERS = 4  # of a loop
-IN_FLIGHT = 32
+IN_FLIGHT = (
+    32  # of GPUs: virtual CPU devices share a pool of threads, in which programs' collectives can wait for each other
+)
+LOWERING = threading.Lock()  # one program at a time decides which kernels it calls; XLA compiles several
 STYLES = (
     "distinct",
     "any",
@@ -145,7 +151,9 @@ class Program:
 
     @functools.cached_property
     def with_kernels(self):
-        return jax.jit(self.on_every_device(self.call)).lower(*self.operands).compile()
+        with LOWERING:
+            lowered = jax.jit(self.on_every_device(self.call)).lower(*self.operands)
+        return lowered.compile()
 
     @functools.cached_property
     def differing(self):
@@ -155,8 +163,9 @@ class Program:
             return count_differing(results, self.call(*operands))[None]
 
         results = jax.eval_shape(self.on_every_device(self.call), *self.operands)
-        with mock.patch.object(group, "along", return_value=None):  # no kernels here
-            return jax.jit(self.on_every_device(f)).lower(self.operands, results).compile()
+        with LOWERING, mock.patch.object(group, "along", return_value=None):  # no kernels here
+            lowered = jax.jit(self.on_every_device(f)).lower(self.operands, results)
+        return lowered.compile()
 
     @functools.cached_property
     def operands(self):
@@ -368,6 +377,16 @@ class Soak:
         self.seen, self.pending, self.failures = set(), collections.deque(), []
         self.calls = self.oracle_checks = 0
 
+    def compile(self, num_threads=None):
+        """All programs, several at a time."""
+        with concurrent.futures.ThreadPoolExecutor(num_threads or min(16, os.cpu_count() or 1)) as threads:
+            list(threads.map(self.compile_one, self.programs))
+
+    @staticmethod
+    def compile_one(program):
+        program.draw(0, 0)
+        return program.with_kernels, program.differing
+
     def call(self, number):
         rng = np.random.default_rng((self.seed, 1, number))
         program = self.programs[rng.integers(len(self.programs))]
@@ -379,7 +398,7 @@ class Soak:
             self.oracle_checks += 1
             self.fail_if(number, program, "oracle", check_with_oracle(program, operands, dict(results)))
         self.seen.add(program)
-        while len(self.pending) > IN_FLIGHT:
+        while len(self.pending) > (IN_FLIGHT if jax.default_backend() == "gpu" else 0):
             self.look()
 
     def look(self):
@@ -403,6 +422,9 @@ class Soak:
     def run(self, first, calls, seconds, say=lambda text: None):
         start = told = time.monotonic()
         number = first
+        if calls > len(self.programs):  # else those that are called, when they are
+            self.compile()
+            say(f"{len(self.programs)} programs after {time.monotonic() - start:.0f} s")
         try:
             for number in range(first, first + calls):
                 self.call(number)
