@@ -44,11 +44,28 @@ def program(tmp_path_factory):
     if nvcc is None:
         pytest.skip("needs nvcc: $CUDACXX, PATH or the CUDA wheels")
     out = tmp_path_factory.mktemp("formats") / "formats"
-    source = REPOSITORY / "tests/gpu/kernels/formats.cu"
-    flags = ["-O2", "-std=c++17", f"-I{REPOSITORY}/ffi", "-gencode", "arch=compute_90a,code=sm_90a"]
-    result = subprocess.run([*nvcc, *flags, "-o", out, source], capture_output=True, text=True, check=False)
-    assert result.returncode == 0, result.stdout + result.stderr
+    compile_program(nvcc, out, "-gencode", "arch=compute_90a,code=sm_90a")
     return out
+
+
+def compile_program(nvcc, out, *flags):
+    source = REPOSITORY / "tests/gpu/kernels/formats.cu"
+    command = [*nvcc, "-O2", "-std=c++17", f"-I{REPOSITORY}/ffi", *flags, "-o", out, source]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stdout + result.stderr
+
+
+def test_the_kernels_do_not_depend_on_the_c_library(tmp_path):
+    """Ubuntu's compilers define _FORTIFY_SOURCE: then memcpy is a wrapper, which on GPUs once made a wait endless."""
+    nvcc = find_nvcc()
+    if nvcc is None:
+        pytest.skip("needs nvcc: $CUDACXX, PATH or the CUDA wheels")
+    outs = [tmp_path / f"{level}.ptx" for level in (0, 3)]
+    for level, out in zip((0, 3), outs, strict=True):
+        fortified = ["-U_FORTIFY_SOURCE", f"-D_FORTIFY_SOURCE={level}"]
+        compile_program(nvcc, out, *fortified, "-arch=compute_90a", "-ptx")
+    plain, fortified = (out.read_text() for out in outs)
+    assert plain == fortified
 
 
 def check(program, place, tmp_path, format, *arrays):

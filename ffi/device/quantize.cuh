@@ -23,15 +23,25 @@ constexpr __host__ __device__ int NumGroups(Wire wire, int hidden) {
 
 constexpr uint32_t kF32One = 0x3F800000, kF32Inf = 0x7F800000, kF32Nan = 0x7FC00000, kF32MinNormal = 0x00800000;
 
+// Not by memcpy on the device: where _FORTIFY_SOURCE is a default, as on Ubuntu, it is a wrapper that nvcc does not see
+// through.
 __host__ __device__ __forceinline__ float AsFloat(uint32_t bits) {
+#ifdef __CUDA_ARCH__
+  return __uint_as_float(bits);
+#else
   float value;
-  memcpy(&value, &bits, 4);
+  std::memcpy(&value, &bits, 4);
   return value;
+#endif
 }
 __host__ __device__ __forceinline__ uint32_t AsBits(float value) {
+#ifdef __CUDA_ARCH__
+  return __float_as_uint(value);
+#else
   uint32_t bits;
-  memcpy(&bits, &value, 4);
+  std::memcpy(&bits, &value, 4);
   return bits;
+#endif
 }
 __host__ __device__ __forceinline__ uint32_t Greater(uint32_t a, uint32_t b) { return a > b ? a : b; }
 __host__ __device__ __forceinline__ uint32_t Lesser(uint32_t a, uint32_t b) { return a < b ? a : b; }
@@ -399,9 +409,9 @@ __device__ __forceinline__ void EncodeStep(LaneEncoder<kWire, T>& lane) {
   EncodeLoaded<kWhole>(lane);
 }
 
-// The same address, known to be one of shared memory, so that loads and stores are that memory's. By conversion: an
-// assumption (__builtin_assume of __isShared) that a compiler takes for false would make all behind it unreachable, and
-// of the wait before it a loop without an end.
+// The same address, known to be one of shared memory, so that loads and stores are that memory's. By conversion: of an
+// assumption (__builtin_assume) that it takes for false a compiler makes unreachable code, and of the wait before it a
+// loop without an end.
 template <class T>
 __device__ __forceinline__ T* InShared(T* pointer) {
   return static_cast<T*>(__cvta_shared_to_generic(__cvta_generic_to_shared(pointer)));
