@@ -14,7 +14,6 @@ import math
 import os
 import platform
 import shlex
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -23,8 +22,7 @@ from typing import Any
 
 import jax
 import numpy as np
-
-from benchmarks import ROOT
+import provenance
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,11 +96,10 @@ def of_slowest_process(seconds: np.ndarray) -> np.ndarray:
 
 @functools.cache
 def origin(on: str | None = None) -> dict[str, Any]:
-    """Where (or `on` the machine that is named) and with what a row was measured; JAX_EP_COMMIT names the commit where there is no git."""
+    """Where (or `on` the machine that is named) and with what a row was measured; provenance.py says how commits are named."""
     return {
         "machine": on or machine(),
-        "commit": os.environ.get("JAX_EP_COMMIT") or _git("rev-parse", "--short=12", "HEAD"),
-        "dirty": bool(_git("status", "--porcelain", "--untracked-files=no")),
+        **provenance.sources(),
         "date": datetime.date.today().isoformat(),
         "versions": {name: _version(name) for name in ("jax-ep", "jax", "jaxlib")},
         "command": command(),
@@ -147,11 +144,6 @@ def command() -> str:
 def _without_folder(argument: str) -> str:
     """Where a result was written is of no interest to others."""
     return Path(argument).name if argument.startswith("/") else argument
-
-
-def _git(*args: str) -> str | None:
-    result = subprocess.run(["git", "-C", str(ROOT), *args], capture_output=True, text=True, check=False)
-    return result.stdout.strip() if result.returncode == 0 else None
 
 
 def _lines(path: str) -> list[str]:

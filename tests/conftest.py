@@ -7,7 +7,6 @@ more tokens than that: two runs see both.
 
 import json
 import os
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -70,6 +69,7 @@ def pytest_terminal_summary(terminalreporter, exitstatus, config):
     if path is None:
         return
     import jax
+    import provenance
 
     stats = terminalreporter.stats
     skipped = {}
@@ -81,15 +81,10 @@ def pytest_terminal_summary(terminalreporter, exitstatus, config):
         file = report.nodeid.split("::")[0]
         tests[file] = tests.get(file, 0) + 1
 
-    def git(*arguments):
-        command = ["git", "-C", str(Path(__file__).parent), *arguments]
-        return subprocess.run(command, capture_output=True, text=True).stdout.strip()
-
     devices = jax.devices()
     record = {
         "command": " ".join(["pytest", *config.invocation_params.args]).replace(path, Path(path).name),
-        "commit": os.environ.get("JAX_EP_COMMIT") or git("rev-parse", "--short=12", "HEAD"),
-        "dirty": bool(git("status", "--porcelain", "--untracked-files=no")),
+        **provenance.sources(),
         "date": time.strftime("%Y-%m-%d", time.gmtime()),
         "machine": f"{len(devices)} x {devices[0].device_kind}",
         "python": sys.version.split()[0],
