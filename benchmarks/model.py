@@ -80,37 +80,49 @@ class Exchange:
         return self.rows_of_ranks * (1 - 1 / self.ranks_per_node)
 
 
+STREAM_FROM = 1024  # tokens from which rows of experts are summed as one stream: ffi/combine/combine.h
+
+
 @dataclasses.dataclass(frozen=True)
 class Work:
-    """Bytes a rank, or for links the µs that a ceiling gives them."""
+    """What a call of a rank moves; of links the µs that a ceiling gives them."""
 
     link_us: float
     network_us: float = 0.0
-    through_sms: float = 0.0
-    through_memory: float = 0.0
-    weighted: bool = False
-    out: bool = True  # a dispatch; False: a combine, whose multiprocessors add what they move
+    rows_through_sms: float = 0.0
+    rows_through_memory: float = 0.0
+    row_bytes: float = 0.0
+    latency: str = "dispatch_latency"  # which of the machine's
+    rate: str = "send"  # likewise
+    weigh: str | None = None  # likewise, where rows have gates
+
+    @property
+    def out(self) -> bool:
+        """A dispatch, not a combine."""
+        return self.rate in ("send", "store")
 
 
-def work(
-    exchange: Exchange, out: bool, layout: str, row_bytes: float, capacity: float, link_us: float, **more: Any
-) -> Work:
+def work(exchange: Exchange, operation: str, layout: str, row_bytes: float, capacity: float, link_us: float) -> Work:
     """What the multiprocessors and the memory of a rank move.
 
     dispatch  stores every row of the result, with a token or zero; reads its tokens and, but for "rank", arrived rows again
     combine   reads the rows of its experts, hands on a sum a (token, rank), reads those that come and stores its tokens
     """
     rows, choices = exchange.rows_of_ranks, exchange.tokens * exchange.topk
-    if out:
-        copied_on = 0.0 if layout == "rank" else choices - rows
+    by_rank, weigh = layout == "rank", None
+    if operation.startswith("dispatch"):
+        latency = "cached_latency" if operation == "dispatch_cached" else "dispatch_latency"
+        rate = "send" if by_rank else "store"
+        copied_on = 0.0 if by_rank else choices - rows
         through_sms, through_memory = capacity, capacity + exchange.tokens + copied_on
-    elif layout == "rank":
-        through_sms, through_memory = rows, rows + exchange.tokens
     else:
+        streams = not by_rank and exchange.tokens >= STREAM_FROM
+        latency, rate = ("stream_latency", "stream") if streams else ("gather_latency", "gather")
+        weigh = "weigh" if operation == "combine_weighted" else None
         through_sms, through_memory = choices + rows, choices + 2 * rows + exchange.tokens
-    return Work(
-        link_us, through_sms=through_sms * row_bytes, through_memory=through_memory * row_bytes, out=out, **more
-    )
+        if by_rank:
+            through_sms, through_memory = rows, rows + exchange.tokens
+    return Work(link_us, 0.0, through_sms, through_memory, row_bytes, latency, rate, weigh)
 
 
 # ---- what moves it ---------------------------------------------------------------------------------------------------
@@ -118,15 +130,20 @@ def work(
 
 @dataclasses.dataclass(frozen=True)
 class Machine:
-    """Rates in GB/s, latencies in µs. The first seven are fitted, `link` and `network` are what a GPU can have leaving it."""
+    """Rates in GB/s, latencies in µs. Those in FITTED are fitted, `link` and `network` are what a GPU can have leaving it."""
 
-    dispatch_latency: float = 25.0
-    combine_latency: float = 15.0
-    store: float = 60.0  # a multiprocessor
-    add: float = 40.0  # a multiprocessor
+    dispatch_latency: float = 35.0
+    cached_latency: float = 21.0
+    gather_latency: float = 20.0
+    stream_latency: float = 35.0
+    send: float = 50.0  # a multiprocessor: rows of a dispatch to "rank"
+    store: float = 60.0  # to the other layouts, most of them inside the GPU
+    row: float = 0.05  # µs of a multiprocessor for each row of a dispatch, however short
+    gather: float = 35.0  # a multiprocessor: a combine row by row
+    stream: float = 80.0  # as one stream
     weigh: float = 1.2  # factor of the work of adding where rows have gates
-    memory: float = 4000.0
-    power: float = 3.0
+    memory: float = 3300.0
+    power: float = 4.0
     link: float = 345.0
     link_of_sm: float = 33.0  # what one multiprocessor pushes over the link
     network: float = 45.0
@@ -138,30 +155,40 @@ class Machine:
 
     def us(self, moved: Work, sms: int) -> float:
         """Of a whole call."""
-        of_sm = self.store if moved.out else self.add / (self.weigh if moved.weighted else 1)
+        of_row = moved.row_bytes / (getattr(self, moved.rate) * GIGA) * 1e6
+        if moved.out:
+            of_row += self.row
+        if moved.weigh is not None:
+            of_row *= getattr(self, moved.weigh)
         times = (
             moved.link_us,
             moved.network_us,
-            moved.through_sms / (of_sm * sms * GIGA) * 1e6,
-            moved.through_memory / (self.memory * GIGA) * 1e6,
+            moved.rows_through_sms * of_row / sms,
+            moved.rows_through_memory * moved.row_bytes / (self.memory * GIGA) * 1e6,
         )
-        latency = self.dispatch_latency if moved.out else self.combine_latency
         hop = self.network_latency if moved.network_us else 0.0
-        return latency + hop + float(np.linalg.norm(times, ord=self.power))
+        return getattr(self, moved.latency) + hop + float(np.linalg.norm(times, ord=self.power))
 
 
-FITTED = ("dispatch_latency", "combine_latency", "store", "add", "weigh", "memory", "power")
-BOUNDS = ((1, 100), (1, 100), (20, 80), (5, 80), (1, 2), (1500, 4800), (1, 8))
+BOUNDS = {
+    "dispatch_latency": (1, 60), "cached_latency": (1, 60), "gather_latency": (1, 60), "stream_latency": (1, 60),
+    "send": (15, 200), "store": (15, 200), "row": (0, 1), "gather": (10, 200), "stream": (10, 200),
+    "weigh": (1, 2), "memory": (1500, 4800), "power": (1, 8),
+}  # fmt: skip
+FITTED = tuple(BOUNDS)
 
 
 # ---- against our rows ------------------------------------------------------------------------------------------------
+
+
+LEAST_TOKENS = 1024  # below it a call is a chain of latencies, of which nothing here speaks
 
 
 def fits(row: Row) -> bool:
     """The model speaks of whole kernels of one node, on GPUs of their own, with the ceiling of the same run."""
     return bool(
         row["level"] == "kernel" and row["error"] is None and row["gpus"] == row["ranks"] > 1 and row["us"] and row["sms"]
-        and row["mode"] == "high_throughput" and row["operation"] != "combine_grad"
+        and row["mode"] == "high_throughput" and row["operation"] != "combine_grad" and row["tokens"] >= LEAST_TOKENS
     )  # fmt: skip
 
 
@@ -176,8 +203,7 @@ def work_of(row: Row, machine: Machine) -> Work:
     if link_us is None:
         link_us = exchange.rows_over_links * row_bytes / (machine.link_gigabytes(row["sms"]) * GIGA) * 1e6
     capacity = row.get("max_recv_tokens") or batched
-    weighted = row["operation"] == "combine_weighted"
-    return work(exchange, out, row["layout"], row_bytes, capacity, link_us, weighted=weighted)
+    return work(exchange, row["operation"], row["layout"], row_bytes, capacity, link_us)
 
 
 def fit(rows: Sequence[Row], start: Machine | None = None) -> Machine:
@@ -195,7 +221,7 @@ def fit(rows: Sequence[Row], start: Machine | None = None) -> Machine:
         return [math.log(machine.us(moved, sms) / us) for moved, sms, us in works]
 
     first = [getattr(start, name) for name in FITTED]
-    low, high = zip(*BOUNDS, strict=True)
+    low, high = zip(*BOUNDS.values(), strict=True)
     return machine_of(least_squares(errors, first, bounds=(low, high), loss="soft_l1", f_scale=0.1).x)
 
 
@@ -295,7 +321,8 @@ def across_nodes(nodes: int, tokens: int, machine: Machine, out: bool = True, sm
     ranks = 8 * nodes
     exchange = Exchange(tokens, 8, max(256, ranks), ranks, 8)
     link_us = exchange.rows_over_links * BF16_ROW / (machine.link_gigabytes(sms) * GIGA) * 1e6
-    moved = work(exchange, out, "rank", BF16_ROW, exchange.rows_of_ranks, link_us)
+    operation = "dispatch" if out else "combine"
+    moved = work(exchange, operation, "rank", BF16_ROW, exchange.rows_of_ranks, link_us)
     network_us = exchange.rows_over_network * BF16_ROW / (machine.network * GIGA) * 1e6
     return exchange, machine.us(dataclasses.replace(moved, network_us=network_us), sms)
 

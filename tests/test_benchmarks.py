@@ -2,6 +2,7 @@
 
 import importlib
 import importlib.util
+import itertools
 import json
 import re
 import sys
@@ -643,20 +644,25 @@ def test_distinct_ranks_and_nodes_of_a_token_are_those_of_drawn_routings():
 
 def test_a_fit_finds_the_machine_that_made_the_rows():
     model = module("model")
-    true = model.Machine(dispatch_latency=12, combine_latency=9, store=50, add=30, weigh=1.4, memory=3000, power=2.5)
+    true = model.Machine(
+        dispatch_latency=12, cached_latency=8, gather_latency=9, stream_latency=15, send=45, store=55, row=0.1, gather=30,
+        stream=70, weigh=1.4, memory=3000, power=2.5,
+    )  # fmt: skip
     rows = []
-    for tokens, sms in ((64, 24), (4096, 8), (4096, 24), (4096, 64), (1024, 132)):
-        for layout in ("rank", "expert"):
-            for operation in ("dispatch", "combine", "combine_weighted"):
+    sizes = ((1024, 24), (2048, 4), (4096, 8), (4096, 24), (4096, 64), (1024, 132), (16384, 24))
+    for (tokens, sms), layout, wire in itertools.product(sizes, ("rank", "expert"), (None, "fp8")):
+        for operation in ("dispatch", "dispatch_cached", "combine", "combine_weighted"):
+            if layout == "expert" or operation != "combine_weighted":
                 row = {"level": "kernel", "error": None, "gpus": 4, "ranks": 4, "mode": "high_throughput", "case": "x"}
-                row |= {"tokens": tokens, "topk": 8, "experts": 256, "hidden": 7168, "dtype": "bfloat16", "wire": None}
+                row |= {"tokens": tokens, "topk": 8, "experts": 256, "hidden": 7168, "dtype": "bfloat16", "wire": wire}
                 row |= {"layout": layout, "operation": operation, "sms": sms, "ceiling_us": None, "routing": "uniform"}
                 row |= {"max_recv_tokens": 4 * tokens if layout == "rank" else 10 * tokens, "us": 1.0}
                 row["us"] = true.us(model.work_of(row, true), sms)
                 rows.append(row)
-    assert all(map(model.fits, rows)) and not model.fits(rows[0] | {"gpus": 1})
+    assert all(map(model.fits, rows))
+    assert not any(model.fits(rows[0] | other) for other in ({"gpus": 1}, {"tokens": 128}, {"us": None}))
     found = model.fit(rows)
-    for name in ("dispatch_latency", "combine_latency", "store", "add", "weigh"):
+    for name in model.FITTED:
         assert getattr(found, name) == pytest.approx(getattr(true, name), rel=0.05)
     assert max(abs(model.error(row, found)) for row in rows) < 0.01
     said = []
