@@ -126,7 +126,7 @@ def test_rows_of_several_processes_stand_beside_those_of_one(tmp_path, capfd, on
         (by, count, 4, None) for count in (1, 2) for by in ("jax_ep", "all_to_all")
     ]
     one, several = ({key: row[key] for key in row if not key.startswith(("us", "p1", "p9"))} for row in rows[::2])
-    times = ("processes", "ceiling", "ceiling_us", "ratio")
+    times = ("processes", "ceiling", "ceiling_us", "ratio", "dirty")  # a file may have changed meanwhile
     assert {key for key in one if one[key] != several[key]} <= set(times) and several["ceiling_us"] > 0
     assert "jax_ep, rank, 2 processes" in capfd.readouterr().err
 
