@@ -80,9 +80,6 @@ class Exchange:
         return self.rows_of_ranks * (1 - 1 / self.ranks_per_node)
 
 
-STREAM_FROM = 1024  # tokens from which rows of experts are summed as one stream: ffi/combine/combine.h
-
-
 @dataclasses.dataclass(frozen=True)
 class Work:
     """What a call of a rank moves; of links the µs that a ceiling gives them."""
@@ -116,8 +113,7 @@ def work(exchange: Exchange, operation: str, layout: str, row_bytes: float, capa
         copied_on = 0.0 if by_rank else choices - rows
         through_sms, through_memory = capacity, capacity + exchange.tokens + copied_on
     else:
-        streams = not by_rank and exchange.tokens >= STREAM_FROM
-        latency, rate = ("stream_latency", "stream") if streams else ("gather_latency", "gather")
+        latency, rate = ("gather_latency", "gather") if by_rank else ("stream_latency", "stream")
         weigh = "weigh" if operation == "combine_weighted" else None
         through_sms, through_memory = choices + rows, choices + 2 * rows + exchange.tokens
         if by_rank:
@@ -139,8 +135,8 @@ class Machine:
     send: float = 50.0  # a multiprocessor: rows of a dispatch to "rank"
     store: float = 60.0  # to the other layouts, most of them inside the GPU
     row: float = 0.05  # µs of a multiprocessor for each row of a dispatch, however short
-    gather: float = 35.0  # a multiprocessor: a combine row by row
-    stream: float = 80.0  # as one stream
+    gather: float = 35.0  # a multiprocessor: a combine of "rank", row by row
+    stream: float = 80.0  # of the other layouts, as one stream
     weigh: float = 1.2  # factor of the work of adding where rows have gates
     memory: float = 3300.0
     power: float = 4.0
@@ -181,7 +177,8 @@ FITTED = tuple(BOUNDS)
 # ---- against our rows ------------------------------------------------------------------------------------------------
 
 
-LEAST_TOKENS = 1024  # below it a call is a chain of latencies, of which nothing here speaks
+# Below it a call is a chain of latencies, of which nothing here speaks, and rows of experts are not combined as a stream.
+LEAST_TOKENS = 1024
 
 
 def fits(row: Row) -> bool:
@@ -228,6 +225,27 @@ def fit(rows: Sequence[Row], start: Machine | None = None) -> Machine:
 def error(row: Row, machine: Machine) -> float:
     """Predicted over measured, less one."""
     return float(machine.us(work_of(row, machine), row["sms"]) / row["us"] - 1)
+
+
+# Rows to fit to; how well the others are foreseen then.
+SPLITS: dict[str, Callable[[int, Row], bool]] = {
+    "8, 24 and 64 multiprocessors": lambda _, row: row["sms"] in (8, 24, 64),
+    "every second row": lambda i, _: i % 2 == 0,
+    "rows without a wire format": lambda _, row: row["wire"] is None,
+    "4096 tokens": lambda _, row: row["tokens"] == 4096,
+}
+
+
+def foresight(rows: Sequence[Row]) -> dict[str, tuple[int, list[float]]]:
+    """By split how many rows were fitted to, and the errors of the others; without splits that leave too few."""
+    found = {}
+    for name, keeps in SPLITS.items():
+        fitted = [row for i, row in enumerate(rows) if keeps(i, row)]
+        others = [row for i, row in enumerate(rows) if not keeps(i, row)]
+        if len(fitted) > len(FITTED) and others:
+            machine = fit(fitted)
+            found[name] = (len(fitted), [error(row, machine) for row in others])
+    return found
 
 
 # ---- across nodes: DeepEP's published figures ------------------------------------------------------------------------
@@ -343,6 +361,11 @@ def report(rows: Sequence[Row], say: Callable[[str], None] = print) -> None:
             )
             say(f"  {at}: {row['us']:.0f} µs, predicted {row['us'] * (1 + by):.0f} ({by:+.0%})")
         say(f"median error {np.median(np.abs(off)):.0%}, worst {max(map(abs, off)):.0%}")
+        for name, (count, errors) in foresight(usable).items():
+            median, worst = np.median(np.abs(errors)), max(map(abs, errors))
+            near = sum(abs(by) < 0.1 for by in errors)
+            others = f"{len(errors)} others, {near} of them within 10 %"
+            say(f"fitted to {name} ({count} rows): {others}, median error {median:.0%}, worst {worst:.0%}")
     else:
         say(f"{len(usable)} rows of kernels: too few for a fit of {len(FITTED)} numbers")
     figures = published()

@@ -35,14 +35,13 @@ from jax.sharding import Mesh, NamedSharding
 import jax_ep
 from benchmarks import timing
 from jax_ep._src import group
+from jax_ep._src.handle import MODES
 
 ROWS_BYTES = {"small": 1 << 16, "full": 1 << 26}  # of a rank's result, at most
 KINDS = ("layer", "cached", "loop", "gradient")
-MODES = ("auto", "high_throughput", "low_latency")  # what a mode does not fit is the other's
 MAX_LAYERS = 4  # of a loop
-IN_FLIGHT = (
-    32  # of GPUs: virtual CPU devices share a pool of threads, in which programs' collectives can wait for each other
-)
+# Calls. Virtual CPU devices share a pool of threads, in which collectives of two programs can wait for each other.
+IN_FLIGHT = {"gpu": 32, "cpu": 0}
 LOWERING = threading.Lock()  # one program at a time decides which kernels it calls; XLA compiles several
 STYLES = (
     "distinct",
@@ -246,7 +245,7 @@ def draw_program(seed, index, size):
         combine_wire=None if combine_wire is None else str(combine_wire),
         has_weights=bool(rng.random() < 0.7),
         num_sms=[None, None, 4, 16, 64][rng.integers(5)],
-        mode=str(rng.choice(MODES)),
+        mode=str(rng.choice(MODES)),  # where the kernels of one do not fit, those of the other serve
     )
 
 
@@ -377,9 +376,9 @@ class Soak:
         self.seen, self.pending, self.failures = set(), collections.deque(), []
         self.calls = self.oracle_checks = 0
 
-    def compile(self, num_threads=None):
+    def compile(self):
         """All programs, several at a time."""
-        with concurrent.futures.ThreadPoolExecutor(num_threads or min(16, os.cpu_count() or 1)) as threads:
+        with concurrent.futures.ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as threads:
             list(threads.map(self.compile_one, self.programs))
 
     @staticmethod
@@ -398,7 +397,7 @@ class Soak:
             self.oracle_checks += 1
             self.fail_if(number, program, "oracle", check_with_oracle(program, operands, dict(results)))
         self.seen.add(program)
-        while len(self.pending) > (IN_FLIGHT if jax.default_backend() == "gpu" else 0):
+        while len(self.pending) > IN_FLIGHT[jax.default_backend()]:
             self.look()
 
     def look(self):

@@ -668,6 +668,10 @@ def test_a_fit_finds_the_machine_that_made_the_rows():
     said = []
     model.report(rows, said.append)
     assert len(said) > len(rows) and "worst" in said[-1]
+    foreseen = model.foresight(rows)
+    assert foreseen.keys() == model.SPLITS.keys()
+    assert all(count + len(errors) == len(rows) for count, errors in foreseen.values())
+    assert max(map(abs, foreseen["every second row"][1])) < 0.02
 
 
 def test_the_model_is_within_a_fifth_of_published_figures():

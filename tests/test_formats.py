@@ -39,10 +39,12 @@ def find_nvcc():
 
 
 @pytest.fixture(scope="module")
-def program(tmp_path_factory):
-    nvcc = find_nvcc()
-    if nvcc is None:
-        pytest.skip("needs nvcc: $CUDACXX, PATH or the CUDA wheels")
+def nvcc():
+    return find_nvcc() or pytest.skip("needs nvcc: $CUDACXX, PATH or the CUDA wheels")
+
+
+@pytest.fixture(scope="module")
+def program(tmp_path_factory, nvcc):
     out = tmp_path_factory.mktemp("formats") / "formats"
     compile_program(nvcc, out, "-gencode", "arch=compute_90a,code=sm_90a")
     return out
@@ -55,11 +57,8 @@ def compile_program(nvcc, out, *flags):
     assert result.returncode == 0, result.stdout + result.stderr
 
 
-def test_the_kernels_do_not_depend_on_the_c_library(tmp_path):
+def test_the_kernels_do_not_depend_on_the_c_library(tmp_path, nvcc):
     """Ubuntu's compilers define _FORTIFY_SOURCE: then memcpy is a wrapper, which on GPUs once made a wait endless."""
-    nvcc = find_nvcc()
-    if nvcc is None:
-        pytest.skip("needs nvcc: $CUDACXX, PATH or the CUDA wheels")
     outs = [tmp_path / f"{level}.ptx" for level in (0, 3)]
     for level, out in zip((0, 3), outs, strict=True):
         fortified = ["-U_FORTIFY_SOURCE", f"-D_FORTIFY_SOURCE={level}"]
