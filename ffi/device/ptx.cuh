@@ -29,6 +29,12 @@ __device__ __forceinline__ void StoreRelaxedSys(uint64_t* flag, uint64_t value) 
 __device__ __forceinline__ void FenceSys() { asm volatile("fence.acq_rel.sys;" ::: "memory"); }
 __device__ __forceinline__ void FenceSeqCstSys() { asm volatile("fence.sc.sys;" ::: "memory"); }
 
+// ---- counters between the blocks of a grid
+
+__device__ __forceinline__ void AddRelease(unsigned int* counter) {
+  asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(counter) : "memory");
+}
+
 // ---- 16 bytes of a line: one of the eight lanes that move its 128 bytes together
 
 __device__ __forceinline__ uint4 LoadLine(const char* place) {

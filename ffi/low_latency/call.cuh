@@ -40,17 +40,125 @@ struct ArenaCall : AnyCall {
 constexpr __device__ uint64_t FlagOf(uint64_t epoch, uint32_t state) { return epoch << kStateBits | state; }
 constexpr __device__ uint64_t GenerationOf(uint64_t epoch) { return epoch >> kCountBits; }
 
+// What one warp of a block reads of its call, all at once: hundreds of warps that read the same words would wait for
+// each other.
+struct Begun {
+  uint64_t epoch, generation_begin;
+  unsigned int turn;
+  uint32_t dead;
+  bool none, failed, of_this_generation, window_is_free;
+};
+
+// What every call reads, of each lane's peer, and of each lane's window and peer.
+struct BegunWords {
+  uint64_t epoch, failed_epoch, gone, finished, ack;
+  unsigned int turn;
+  uint32_t dead;
+
+  static __device__ __forceinline__ int AckedSlot() { return threadIdx.x % 32 % kDepth; }
+  static __device__ __forceinline__ int AckedBy() { return threadIdx.x % 32 / kDepth; }
+
+  __device__ __forceinline__ explicit BegunWords(const ArenaCall& call) {
+    const Arena* const own = call.Own();
+    const int lane = threadIdx.x % 32;
+    dead = DeadRanks(call.group, call.rank);
+    epoch = LoadRelaxedSys(&own->epoch), failed_epoch = LoadRelaxedSys(&own->failed_epoch);
+    turn = *const_cast<const volatile unsigned int*>(&own->turn);
+    gone = lane < call.num_ranks ? LoadRelaxedSys(&own->gone[lane]) : 0;
+    finished = LoadRelaxedSys(&own->finished[AckedSlot()]);
+    // Last: what comes after an acquire waits for it.
+    ack = AckedBy() < call.num_ranks ? LoadAcquireSys(&own->acks[AckedSlot()][AckedBy()]) : ~0ull;
+  }
+  // This lane's part of `window_is_free`, which is asked of few ranks only.
+  __device__ __forceinline__ bool IsLate(const ArenaCall& call) const {
+    const bool late = AckedSlot() == call.SlotOf(call.epoch) && call.Reaches(AckedBy()) && ack < call.ReuseNeeds();
+    return late || call.num_ranks > 32 / kDepth;
+  }
+  // Calls of a rank run one after another, so a done that has not begun yet never will while this call waits for it.
+  __device__ __forceinline__ bool IsFull(const ArenaCall& call) const {
+    const auto depth = static_cast<uint64_t>(call.arenas->depth);
+    return call.sends && CountOf(call.epoch) > depth && threadIdx.x % 32 == call.SlotOf(call.epoch) &&
+           finished < call.epoch - depth;
+  }
+};
+
+// The begin of nearly every call: a whole one, where nothing has failed. False: it is none of these. Few instructions,
+// as each is fetched anew and all of the block waits for them.
+__device__ __forceinline__ bool BeginAtOnce(ArenaCall& call, const LowLatencyParams& params, bool refused,
+                                            Begun* begun) {
+  const BegunWords words(call);
+  call.dead = words.dead;
+  call.epoch = words.epoch + 1;
+  call.generation_begin = GenerationOf(words.epoch) << kCountBits;
+  bool usual = params.half == Half::kBoth && !refused && !words.IsFull(call);
+  usual &= words.gone == 0 || GenerationOf(words.gone) != GenerationOf(call.epoch);
+  usual &= words.failed_epoch == 0 || GenerationOf(words.failed_epoch) != GenerationOf(call.epoch);
+  const bool window_is_free = !__any_sync(~0u, words.IsLate(call));
+  if (!__all_sync(~0u, usual)) return false;
+  if (threadIdx.x % 32 == 0)
+    *begun = {call.epoch, call.generation_begin, words.turn, words.dead, false, false, true, window_is_free};
+  return true;
+}
+
+// The same of every call.
+__device__ __noinline__ static void BeginWithCare(ArenaCall call, const LowLatencyParams& params, bool refused,
+                                                  Begun* begun) {
+  const int lane = threadIdx.x % 32;
+  const BegunWords words(call);
+  uint64_t begun_epoch = 0, complement = 0, masked_since = 0;
+  if (params.half == Half::kDone) {
+    begun_epoch = params.in_flight[0], complement = params.in_flight[1];
+    masked_since = LoadRelaxedSys(&call.group->masked_since);
+  }
+  call.dead = words.dead;
+  call.epoch = words.epoch + 1;
+  call.of_this_generation = true;
+  bool failed = refused, none = false;
+  if (params.half == Half::kDone) {
+    none = begun_epoch == 0 && complement == 0;
+    call.of_this_generation = GenerationOf(begun_epoch) == GenerationOf(words.epoch);
+    // Told are failures; a mask ends a generation without one.
+    const bool untold = GenerationOf(begun_epoch) < masked_since &&
+                        (words.failed_epoch == 0 || GenerationOf(words.failed_epoch) < GenerationOf(begun_epoch));
+    if (complement == ~begun_epoch && !untold) {
+      call.epoch = begun_epoch;
+      failed |= !call.of_this_generation;  // told when that generation failed
+    } else if (!none) {
+      call.epoch = words.epoch > 0 ? words.epoch : 1;
+      call.of_this_generation = true;
+      failed = true;
+      if (lane == 0) Fail(call, kInFlight, call.rank, 0, 0, 0);
+    }
+  }
+  // A peer that has failed in this generation may have missed calls: what it has sent under this epoch may be
+  // another's.
+  if (words.gone != 0 && call.Reaches(lane) && GenerationOf(words.gone) == GenerationOf(call.epoch) &&
+      call.of_this_generation && !none) {
+    Fail(call, kReuse, lane, 0, call.Tag(kPosted), call.Tag(kGone));
+    failed = true;
+  }
+  if (refused && lane == 0 && call.of_this_generation && !none) Refuse(call);
+  if (words.IsFull(call)) {
+    if (!refused) Fail(call, kFull, call.rank, call.arenas->depth, 0, 0);
+    failed = true;
+  }
+  failed |= call.of_this_generation && words.failed_epoch != 0 &&
+            GenerationOf(words.failed_epoch) == GenerationOf(call.epoch);
+  failed = __any_sync(~0u, failed) && !none;
+  call.generation_begin = GenerationOf(words.epoch) << kCountBits;
+  const bool window_is_free = !__any_sync(~0u, words.IsLate(call));
+  if (lane == 0) {
+    *begun = {call.epoch, call.generation_begin,   words.turn,    words.dead, none,
+              failed,     call.of_this_generation, window_is_free};
+  }
+}
+
 // `epoch` and `turn` advance when all blocks have entered (Keep), so every block of a kernel reads the same values
-// here. Called by all threads of a block; ends with the block synchronised. One warp reads, all at once: hundreds of
-// warps that read the same words would wait for each other.
-template <int kReader = kKeeper>
-__device__ __forceinline__ ArenaCall BeginArenaCall(const LowLatencyParams& params, Operation operation, bool refused) {
-  __shared__ struct {
-    uint64_t epoch, generation_begin;
-    unsigned int turn;
-    uint32_t dead;
-    bool none, failed, of_this_generation, window_is_free;
-  } begun;
+// here. Called by all threads of a block; ends with the block synchronised. The other warps do `meanwhile`.
+template <int kReader = kKeeper, class Meanwhile>
+__device__ __forceinline__ ArenaCall BeginArenaCall(const LowLatencyParams& params, Operation operation, bool refused,
+                                                    const Meanwhile& meanwhile) {
+  __shared__ Begun begun;
   ArenaCall call;
   call.arenas = &params.arenas;
   call.group = params.arenas.group;
@@ -60,64 +168,9 @@ __device__ __forceinline__ ArenaCall BeginArenaCall(const LowLatencyParams& para
   call.ledger = call.Own();
   call.sends = params.half != Half::kDone;
   if (threadIdx.x / 32 == kReader) {
-    const int lane = threadIdx.x % 32, acked_slot = lane % kDepth, acked_by = lane / kDepth;
-    const Arena* const own = call.Own();
-    call.dead = DeadRanks(call.group, call.rank);
-    const uint64_t epoch = LoadRelaxedSys(&own->epoch), failed_epoch = LoadRelaxedSys(&own->failed_epoch);
-    const unsigned int turn = *const_cast<const volatile unsigned int*>(&own->turn);
-    const uint64_t gone = lane < call.num_ranks ? LoadRelaxedSys(&own->gone[lane]) : 0;
-    uint64_t begun_epoch = 0, complement = 0;
-    uint64_t masked_since = 0;
-    if (params.half == Half::kDone) {
-      begun_epoch = params.in_flight[0], complement = params.in_flight[1];
-      masked_since = LoadRelaxedSys(&call.group->masked_since);
-    }
-    const uint64_t ack = acked_by < call.num_ranks ? LoadAcquireSys(&own->acks[acked_slot][acked_by]) : ~0ull;
-    const uint64_t finished = call.sends ? LoadRelaxedSys(&own->finished[acked_slot]) : 0;
-    call.epoch = epoch + 1;
-    call.of_this_generation = true;
-    bool failed = refused, none = false;
-    if (params.half == Half::kDone) {
-      none = begun_epoch == 0 && complement == 0;
-      call.of_this_generation = GenerationOf(begun_epoch) == GenerationOf(epoch);
-      // Told are failures; a mask ends a generation without one.
-      const bool untold = GenerationOf(begun_epoch) < masked_since &&
-                          (failed_epoch == 0 || GenerationOf(failed_epoch) < GenerationOf(begun_epoch));
-      if (complement == ~begun_epoch && !untold) {
-        call.epoch = begun_epoch;
-        failed |= !call.of_this_generation;  // told when that generation failed
-      } else if (!none) {
-        call.epoch = epoch > 0 ? epoch : 1;
-        call.of_this_generation = true;
-        failed = true;
-        if (lane == 0) Fail(call, kInFlight, call.rank, 0, 0, 0);
-      }
-    }
-    // A peer that has failed in this generation may have missed calls: what it has sent under this epoch may be
-    // another's.
-    if (gone != 0 && call.Reaches(lane) && GenerationOf(gone) == GenerationOf(call.epoch) && call.of_this_generation &&
-        !none) {
-      Fail(call, kReuse, lane, 0, call.Tag(kPosted), call.Tag(kGone));
-      failed = true;
-    }
-    if (refused && lane == 0 && call.of_this_generation && !none) Refuse(call);
-    // Calls of a rank run one after another, so a done that has not begun yet never will while this call waits for it.
-    const auto depth = static_cast<uint64_t>(call.arenas->depth);
-    if (call.sends && CountOf(call.epoch) > depth && lane == call.SlotOf(call.epoch) && finished < call.epoch - depth) {
-      if (!refused) Fail(call, kFull, call.rank, call.arenas->depth, 0, 0);
-      failed = true;
-    }
-    failed |= call.of_this_generation && failed_epoch != 0 && GenerationOf(failed_epoch) == GenerationOf(call.epoch);
-    failed = __any_sync(~0u, failed) && !none;
-    call.generation_begin = GenerationOf(epoch) << kCountBits;
-    const bool late = acked_slot == call.SlotOf(call.epoch) && call.Reaches(acked_by) && ack < call.ReuseNeeds();
-    const bool window_is_free = !__any_sync(~0u, late) && call.num_ranks <= 32 / kDepth;
-    if (lane == 0) {
-      begun.epoch = call.epoch, begun.generation_begin = call.generation_begin, begun.turn = turn;
-      begun.none = none, begun.failed = failed, begun.of_this_generation = call.of_this_generation;
-      begun.window_is_free = window_is_free;
-      begun.dead = call.dead;
-    }
+    if (!BeginAtOnce(call, params, refused, &begun)) BeginWithCare(call, params, refused, &begun);
+  } else {
+    meanwhile();
   }
   __syncthreads();
   call.epoch = begun.epoch;
@@ -131,6 +184,11 @@ __device__ __forceinline__ ArenaCall BeginArenaCall(const LowLatencyParams& para
   call.receives = params.half != Half::kStart && !begun.none;
   call.takes_part = !call.failed && !begun.none && !call.IsDead(call.rank);
   return call;
+}
+
+template <int kReader = kKeeper>
+__device__ __forceinline__ ArenaCall BeginArenaCall(const LowLatencyParams& params, Operation operation, bool refused) {
+  return BeginArenaCall<kReader>(params, operation, refused, [] {});
 }
 
 // The books of a call, by one warp of each block. Tells the peers which windows have been read: all that kernels before
@@ -164,10 +222,7 @@ __device__ inline void Keep(const ArenaCall& call) {
 __device__ __forceinline__ bool LeaveFailed(const ArenaCall& call, bool failed) {
   failed = __syncthreads_or(failed);
   unsigned int* const left = &call.Own()->left[call.turn & 1];
-  if (threadIdx.x == 0) {
-    __threadfence();  // released with the block's results, acquired by those who clear them
-    atomicAdd(left, 1u);
-  }
+  if (threadIdx.x == 0) AddRelease(left);  // with the block's results; acquired by those who clear them
   if (!failed) return false;
   if (call.Reaches(threadIdx.x) && call.of_this_generation) {
     FenceSys();

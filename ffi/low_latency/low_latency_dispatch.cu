@@ -255,6 +255,7 @@ struct AsTheyAre {
   __device__ __forceinline__ static bool Send(const DispatchWork& work, const ArenaCall& call, char*,
                                               Outgoing& outgoing) {
     const int num_units = work.params.num_tokens * work.cut.pieces, stride = gridDim.x * kSenders;
+    if (work.has_table()) AwaitTableSent();
     for (int unit = FirstUnit(); unit < num_units; unit += stride) {
       const int token = work.by_pieces(unit), first_line = (unit - token * work.cut.pieces) * work.cut.lines();
       const uint32_t ranks = RanksOf(work, call, outgoing.destination);
@@ -322,10 +323,12 @@ struct Encoded {
                                               Outgoing& outgoing) {
     const int warp = threadIdx.x / 32, num_tokens = work.params.num_tokens;
     char* other = record + work.encoded_stride;
+    if (FirstUnit() >= num_tokens && work.has_table()) AwaitTableSent();
     for (int token = FirstUnit(); token < num_tokens; token += gridDim.x) {
       Encode(work, outgoing, record);
       const uint32_t ranks = RanksOf(work, call, outgoing.destination);
       Load(work, token + gridDim.x, other, outgoing);
+      if (token == FirstUnit() && work.has_table()) AwaitTableSent();
       const bool ready = token != FirstUnit() || AwaitReuse(call);
       if (SyncSendersOr(!ready)) return false;
       // Groups kSenders apart, kMaxGroups of them at once.
@@ -359,6 +362,7 @@ struct Jobs {
   int padding, zeros;  // pieces of rows without a token: between groups, by group; then also behind them, by kZeroRows
   int routing;         // counts, then tokens whose places are written
   int lines;           // pieces of rows that come as lines
+  bool all_are_first;
 
   __device__ Jobs(const DispatchWork& work, const ArenaCall& call, const PlacesShared& places) {
     const DispatchParams& p = work.params;
@@ -371,6 +375,8 @@ struct Jobs {
     zeros = padding + (has_zeros ? (behind + kZeroRows - 1) / kZeroRows * work.zero_pieces : 0);
     routing = work.has_table() ? 1 + call.num_ranks * p.num_tokens : 0;
     lines = work.num_sources * pieces;
+    // A receiver's first job has its number: a counter that all warps ask at once takes long.
+    all_are_first = own + zeros + routing + lines <= kReceivers * static_cast<int>(gridDim.x);
   }
 };
 
@@ -383,13 +389,17 @@ struct Job {
 };
 
 __device__ __forceinline__ Job TakeJob(const DispatchWork& work, const ArenaCall& call, const PlacesShared& places,
-                                       const Jobs& jobs) {
+                                       const Jobs& jobs, bool is_first) {
   const DispatchParams& p = work.params;
   const int lane = threadIdx.x % 32;
-  unsigned int ticket = 0;
-  if (lane == 0) ticket = atomicAdd(&places.words->next_job, 1u);
-  int index = static_cast<int>(__shfl_sync(~0u, ticket, 0) * gridDim.x + blockIdx.x);
   Job job{Kind::kNone, call.rank, 0, 0, -1};
+  unsigned int ticket = ReceiverWarp();
+  if (!is_first || ticket >= kReceivers) {
+    if (jobs.all_are_first) return job;
+    if (lane == 0) ticket = atomicAdd(&places.words->next_job, 1u);
+    ticket = __shfl_sync(~0u, ticket, 0);
+  }
+  int index = static_cast<int>(ticket * gridDim.x + blockIdx.x);
   if (index < jobs.own) {
     job.kind = Kind::kOwnRow;
     job.token = work.by_pieces(index), job.piece = index - job.token * work.cut.pieces;
@@ -512,7 +522,7 @@ __device__ __forceinline__ bool DoJobs(const DispatchWork& work, const ArenaCall
       if (threadIdx.x % 32 == 0) p.counts[work.num_local] = places.words->end;
     }
     // While the row is on its way.
-    const Job next = TakeJob(work, call, places, jobs);
+    const Job next = TakeJob(work, call, places, jobs, job.kind == Kind::kNothing);
     if (awaits && !AwaitLines(call, place, bits, [&](int) { return job.source; }, job.token)) return false;
     if (moves_row) StorePiece(work, job.row, first_line, bits);
     job = next;
@@ -543,20 +553,21 @@ __device__ __noinline__ void ClearResults(const DispatchWork& work, const ArenaC
 template <class Rows>
 __global__ void __launch_bounds__(kLowLatencyThreads, 1)
     LowLatencyDispatchKernel(const __grid_constant__ DispatchWork work) {
-  extern __shared__ __align__(16) char shared[];
+  extern __shared__ __align__(128) char shared[];
   Mark(Moment::kBegan);
   char* const encoded = shared + work.encoded_offset;
   const int warp = threadIdx.x / 32;
   const bool is_sender = warp < kSenders, is_receiver = !is_sender && warp < kKeeper;
   const bool sends_rows = is_sender && work.low_latency.half != Half::kDone && work.lines.record > 0;
-  // Operands come while the begin reads what it needs.
   typename Rows::Outgoing outgoing;
   uint4 table{};
-  if (sends_rows) Rows::Load(work, Rows::FirstUnit(), encoded, outgoing);
-  if (is_receiver && work.has_table()) table = LoadTableLines(work, ReceiverWarp());
-  const PlacesShared places(work, shared, work.low_latency.arenas.num_ranks);
-  if (threadIdx.x == kLowLatencyThreads - 1) places.words->next_job = 0;
-  const ArenaCall call = BeginArenaCall(work.low_latency, work.params.operation, work.params.refused);
+  const PlacesShared places(work.places, shared);
+  // Operands come while the begin reads what it needs.
+  const ArenaCall call = BeginArenaCall(work.low_latency, work.params.operation, work.params.refused, [&] {
+    if (sends_rows) Rows::Load(work, Rows::FirstUnit(), encoded, outgoing);
+    if (is_receiver && work.has_table()) table = LoadTableLines(work, ReceiverWarp());
+    if (threadIdx.x == 0) places.words->next_job = kReceivers;
+  });
   Mark(Moment::kEpochKnown);
   bool failed = call.failed;
   if (warp == kKeeper) Keep(call);
@@ -637,7 +648,8 @@ DispatchWork MakeWork(const DispatchParams& p, int num_ranks, Half half) {
   work.by_pieces = Divider(work.cut.pieces);
   work.by_tokens = Divider(p.num_tokens);
   work.by_sources = Divider(std::max(work.num_sources, 1));
-  work.encoded_offset = static_cast<int>(RoundUp(PlacesShared::Bytes(work, num_ranks), 16));
+  work.places = PlacesShared::LayoutOf(work, num_ranks);
+  work.encoded_offset = static_cast<int>(RoundUp(work.places.end, 16));
   if (encodes) work.encoded_stride = static_cast<int>(RoundUp(int64_t{work.lines.record} * kLinePayload, 16));
   return work;
 }

@@ -23,6 +23,11 @@ struct Divider {
   }
 };
 
+// Where the arrays of PlacesShared begin in shared memory, in bytes, and where the last one ends.
+struct PlacesLayout {
+  int64_t index, before, ranks, total, first, end;
+};
+
 struct DispatchWork {
   DispatchParams params;
   LowLatencyParams low_latency;
@@ -38,6 +43,7 @@ struct DispatchWork {
   Divider by_local, by_part, by_alignment, by_pieces, by_tokens, by_sources;
   int num_sources;  // of lines with rows
   bool own_lines;   // own rows go through the own window: they are not at hand, or not as they will be
+  PlacesLayout places;
   int encoded_offset, encoded_stride;  // of the two records that the senders encode, in shared memory
 
   __host__ __device__ bool has_table() const { return params.operation != kDispatchCached; }
@@ -48,7 +54,7 @@ struct DispatchWork {
 // A block's shared memory. Layout "rank" has `ranks` and no `index`, and of `first` nothing is used.
 struct PlacesShared {
   struct Words {
-    unsigned int next_job;  // of this block, counted from 0
+    unsigned int next_job;  // of this block; the first kReceivers are not counted
     uint32_t known;         // whether the places were found
     int32_t end;            // rows wanted here, padding included; "batched": their number
     int32_t none;
@@ -61,28 +67,32 @@ struct PlacesShared {
   uint32_t* ranks;  // [groups of 32 tokens, 32]: ranks of a token, a bit each
   int32_t* total;   // [L]: rows wanted by each local expert
   int32_t* first;   // [E]: first row of the expert's group on its rank; of a known handle for the local ones
-  char* end;
 
-  __host__ __device__ PlacesShared(const DispatchWork& work, void* shared, int num_ranks) {
-    const DispatchParams& p = work.params;
-    const bool has_table = work.has_table(), by_rank = p.layout == Layout::kRank;
-    const int num_entries = num_ranks * work.lines.table * kLineEntries;
-    const int num_groups = has_table && by_rank ? NumGroups(work, num_ranks) : 0;
-    const int num_parts = has_table && !by_rank ? kReceivers : 0;
-    words = static_cast<Words*>(shared);
-    tables = reinterpret_cast<int16_t*>(words + 1);
-    index = reinterpret_cast<uint16_t*>(tables + num_entries);
-    before = reinterpret_cast<int32_t*>(index + (by_rank ? 0 : num_entries));
-    ranks = reinterpret_cast<uint32_t*>(before + num_groups * num_ranks + num_parts * p.num_experts);
-    total = reinterpret_cast<int32_t*>(ranks + num_groups * 32);
-    first = total + work.num_local;
-    end = reinterpret_cast<char*>(first + p.num_experts);
-  }
+  __device__ __forceinline__ PlacesShared(const PlacesLayout& layout, char* shared)
+      : words(reinterpret_cast<Words*>(shared)),
+        tables(reinterpret_cast<int16_t*>(words + 1)),
+        index(reinterpret_cast<uint16_t*>(shared + layout.index)),
+        before(reinterpret_cast<int32_t*>(shared + layout.before)),
+        ranks(reinterpret_cast<uint32_t*>(shared + layout.ranks)),
+        total(reinterpret_cast<int32_t*>(shared + layout.total)),
+        first(reinterpret_cast<int32_t*>(shared + layout.first)) {}
   __host__ __device__ static int NumGroups(const DispatchWork& work, int num_ranks) {
     return (num_ranks * work.params.num_tokens + 31) / 32;
   }
-  __host__ static int64_t Bytes(const DispatchWork& work, int num_ranks) {
-    return reinterpret_cast<int64_t>(PlacesShared(work, nullptr, num_ranks).end);
+  static PlacesLayout LayoutOf(const DispatchWork& work, int num_ranks) {
+    const DispatchParams& p = work.params;
+    const bool has_table = work.has_table(), by_rank = p.layout == Layout::kRank;
+    const int64_t entries = int64_t{num_ranks} * work.lines.table * kLineEntries;
+    const int64_t num_groups = has_table && by_rank ? NumGroups(work, num_ranks) : 0;
+    const int64_t num_parts = has_table && !by_rank ? kReceivers : 0;
+    PlacesLayout layout;
+    layout.index = sizeof(Words) + 2 * entries;
+    layout.before = layout.index + (by_rank ? 0 : 2 * entries);
+    layout.ranks = layout.before + 4 * (num_groups * num_ranks + num_parts * p.num_experts);
+    layout.total = layout.ranks + 4 * 32 * num_groups;
+    layout.first = layout.total + 4 * work.num_local;
+    layout.end = layout.first + 4 * p.num_experts;
+    return layout;
   }
 
   // The expert of a token's choice, or -1.
@@ -124,6 +134,15 @@ __device__ __forceinline__ uint4 LoadTableLines(const DispatchWork& work, int gr
     words[j] = static_cast<uint32_t>(high) << 16 | (static_cast<uint32_t>(low) & 0xffff);
   }
   return make_uint4(words[0], words[1], words[2], words[3]);
+}
+
+// Senders wait for the receivers of their block to have sent its part of the table, so that on all blocks rows queue
+// behind tables: every row waits for all tables, a table for no row. Only where there are both.
+__device__ __forceinline__ void TellTableSent() {
+  asm volatile("bar.arrive 4, %0;" ::"n"(32 * (kSenders + kReceivers)) : "memory");
+}
+__device__ __forceinline__ void AwaitTableSent() {
+  asm volatile("bar.sync 4, %0;" ::"n"(32 * (kSenders + kReceivers)) : "memory");
 }
 
 // Own table into shared memory and, each group of lines by one block, to every peer. `loaded` is the group of this
@@ -288,6 +307,7 @@ __device__ __forceinline__ void SumChoices(const DispatchWork& work, const Arena
 
 __device__ __forceinline__ void CountTokens(const DispatchWork& work, const ArenaCall& call,
                                             const PlacesShared& places) {
+  constexpr int kAtOnce = 8;  // loads from the tables
   const DispatchParams& p = work.params;
   const int lane = threadIdx.x % 32, num_groups = PlacesShared::NumGroups(work, call.num_ranks);
 #pragma unroll 1
@@ -296,12 +316,20 @@ __device__ __forceinline__ void CountTokens(const DispatchWork& work, const Aren
     const int token = group * 32 + lane - source * p.num_tokens;
     uint32_t ranks = 0;
 #pragma unroll 1
-    for (int k = 0; k < p.num_topk && source < call.num_ranks; ++k) {
-      const int expert = places.Expert(work, source, token * p.num_topk + k);
-      if (expert < 0) continue;
-      const int rank = work.by_local(expert);
-      ranks |= 1u << rank;
-      if (rank == call.rank) atomicAdd(&places.total[expert - rank * work.num_local], 1);
+    for (int first = 0; first < p.num_topk; first += kAtOnce) {
+      int expert[kAtOnce];
+#pragma unroll
+      for (int k = 0; k < kAtOnce; ++k) {
+        const bool is_choice = first + k < p.num_topk && source < call.num_ranks;
+        expert[k] = is_choice ? places.Expert(work, source, token * p.num_topk + first + k) : -1;
+      }
+#pragma unroll
+      for (int k = 0; k < kAtOnce; ++k) {
+        if (expert[k] < 0) continue;
+        const int rank = work.by_local(expert[k]);
+        ranks |= 1u << rank;
+        if (rank == call.rank) atomicAdd(&places.total[expert[k] - rank * work.num_local], 1);
+      }
     }
     places.ranks[group * 32 + lane] = ranks;
     int count = 0;
@@ -351,6 +379,7 @@ __device__ __forceinline__ bool FindPlaces(const DispatchWork& work, const Arena
     return true;
   }
   bool came = SendTable(work, call, places, loaded);
+  if (work.lines.record > 0) TellTableSent();
   Mark(Moment::kTableSent);
   if (by_rank) {
 #pragma unroll 1
