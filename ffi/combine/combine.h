@@ -37,7 +37,7 @@ struct CombineConfig {
   int num_sms = 24;
   // From so many tokens on the rows of "expert" and "batched" go through shared memory; fewer, and those of "rank", go
   // row by row, which begins sooner. The same on every rank.
-  int stream_from_tokens = 1024;
+  int stream_from_tokens = 256;
 };
 
 // False where the shape is beyond the kernel.
