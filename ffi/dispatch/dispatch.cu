@@ -3,11 +3,15 @@
 //   blocks < num_send_blocks   warps 0, 1 send; warps 2.. route, then warp 2 publishes and leaves, warps 3.. copy
 //                              warps 8.., with an encoding: 4 a sending warp, encode
 //   other blocks               warps 0..7 copy
+//
+// Where rows are pulled there are no senders: the routing warps of the first num_send_blocks blocks route, then all
+// warps of all blocks pull.
 #include <algorithm>
 
 #include "dispatch/clear.cuh"
 #include "dispatch/copy.cuh"
 #include "dispatch/notify.cuh"
+#include "dispatch/pull.cuh"
 #include "dispatch/send.cuh"
 
 namespace jax_ep {
@@ -43,27 +47,27 @@ __device__ void SendCachedWeights(const DispatchPlan& plan, const Call& call, co
   }
 }
 
-// All warps of a block that neither send nor encode. In a send block a release of what the routing warps wrote to the
-// publisher among them.
-__device__ __forceinline__ void SyncCopyWarps(bool send_block) {
-  if (send_block) {
+// All warps of a block that neither send nor encode: `beside_senders` or all eight. In a block that routes a release of
+// what the routing warps wrote to the one among them that tells the peers.
+__device__ __forceinline__ void SyncCopyWarps(bool beside_senders) {
+  if (beside_senders) {
     asm volatile("bar.sync 1, %0;" ::"n"(32 * kRouteWarps) : "memory");
   } else {
     asm volatile("bar.sync 1, %0;" ::"n"(32 * kDispatchWarps) : "memory");
   }
 }
 
-template <bool kEncodes>
-__global__ void __launch_bounds__(DispatchThreads(kEncodes), 1)
-    DispatchKernel(const __grid_constant__ DispatchPlan plan) {
-  constexpr int kThreads = DispatchThreads(kEncodes);
+template <Way kWay>
+__global__ void __launch_bounds__(DispatchThreads(kWay), 1) DispatchKernel(const __grid_constant__ DispatchPlan plan) {
+  constexpr int kThreads = DispatchThreads(kWay);
+  constexpr bool kPulls = kWay == Way::kPull, kEncodes = kWay == Way::kPushEncoded;
   extern __shared__ __align__(128) char dynamic[];
   __shared__ DispatchShared shared;
   const DispatchParams& p = plan.params;
   const Call call = BeginCall(p.group, p.operation);
   const int block = blockIdx.x, warp = threadIdx.x / 32;
   const bool send_block = block < plan.num_send_blocks, cached = p.operation == kDispatchCached;
-  const bool sender = send_block && warp < kSendWarps && p.num_row_arrays > 0;
+  const bool sender = !kPulls && send_block && warp < kSendWarps && p.num_row_arrays > 0;
   char* const send_stages = dynamic + plan.stages_offset;
   char* const copy_stages = send_stages + (send_block ? kSendWarps * plan.send_bytes : 0);
   const NotifyShared notify(plan, copy_stages, call.num_ranks);
@@ -87,8 +91,8 @@ __global__ void __launch_bounds__(DispatchThreads(kEncodes), 1)
 
   Sender<kEncodes> rows(plan, call, shared, send_stages);
   if (sender && takes_part) rows.Begin();
-  if (send_block && takes_part) {
-    if (!cached) {
+  if ((kPulls || send_block) && takes_part) {
+    if (send_block && !cached) {
       CountTokens<kThreads>(plan, call, notify, shared, [&](int bin, int count) {
         for (int i = 0; i < call.num_ranks; ++i) {
           const int peer = (call.rank + 1 + i) % call.num_ranks;
@@ -104,16 +108,20 @@ __global__ void __launch_bounds__(DispatchThreads(kEncodes), 1)
       mail->address[kRecvWeights] = reinterpret_cast<uint64_t>(p.recv_weights);
       mail->address[kRecvSlot] = reinterpret_cast<uint64_t>(p.recv_slot);
       mail->address[kRecvTopkIdx] = reinterpret_cast<uint64_t>(p.recv_topk_idx);
+      if (kPulls) {
+        mail->address[kX] = reinterpret_cast<uint64_t>(p.rows[0].x);
+        mail->address[kX1] = reinterpret_cast<uint64_t>(p.rows[1].x);
+      }
     }
     __syncthreads();
     if (warp == kPublishWarp) Post(call, block);
   }
   bool met = takes_part;
-  if (met && (send_block || !cached)) met = Meet<kThreads>(plan, call, shared);
+  if (met && (kPulls || send_block || !cached)) met = Meet<kThreads>(plan, call, shared);
   __syncthreads();
   if (met && !cached) PlaceExperts<kThreads>(plan, call, notify);
 
-  if (send_block && warp < kSendWarps) {
+  if (!kPulls && send_block && warp < kSendWarps) {
     if (sender && met) {
       rows.Run();
     } else if (sender && takes_part) {
@@ -130,15 +138,20 @@ __global__ void __launch_bounds__(DispatchThreads(kEncodes), 1)
       const int32_t* wanted = cached ? p.counts + num_local : notify.total + p.num_experts + call.rank;
       FindZeroRows(plan, counts, p.layout == Layout::kRank ? *wanted : 0, zero);
     }
-    if (met && send_block) {
+    if (met && send_block && warp >= kSendWarps) {
       if (cached && p.topk_weights != nullptr) SendCachedWeights(plan, call, shared);
       if (!cached && call.dead != 0) ForgetDeadSources(plan, call);
       if (!cached && p.layout == Layout::kRank) WriteRankSlots(plan, call, notify, shared, warp - kSendWarps);
       if (!cached && p.layout != Layout::kRank) WriteExpertSlots(plan, call, notify, shared, warp - kSendWarps);
     }
     FenceProxyAsyncShared();  // zeros are read, and the copiers' stages filled, by bulk copies
-    SyncCopyWarps(send_block);
-    if (send_block && warp == kPublishWarp) {
+    SyncCopyWarps(!kPulls && send_block);
+    if (kPulls) {
+      if (send_block && warp == kPublishWarp && met) TellSlots(call);
+      if (met) Puller(plan, call, shared, copy_stages).Run(zero, dynamic);
+      __syncthreads();
+      if (warp == 0) LeavePulled(call, met);
+    } else if (send_block && warp == kPublishWarp) {
       Publish(plan, call, shared, met);
     } else if (met) {
       CopyRows<kEncodes>(plan, call, shared, zero, dynamic, copy_stages, send_block ? warp - kFirstCopyWarp : warp);
@@ -154,10 +167,10 @@ __global__ void __launch_bounds__(DispatchThreads(kEncodes), 1)
 
 int RoundUp(int64_t value, int to) { return static_cast<int>((value + to - 1) / to * to); }
 
-// How many of the blocks send (measured: docs/measured.md). Where rows are copied on, that takes longer than the link.
-// Layout "rank" leaves own rows alone to be copied, and not even those if they are encoded; long ones that wait for
-// their places take more blocks. To more peers a row that is loaded once leaves several times, so fewer senders fill
-// the link; of short rows a sender moves fewer bytes.
+// How many of the blocks route, and send where rows are pushed (measured: docs/measured.md). Encoded rows that are
+// copied on: that takes longer than the link. Layout "rank" leaves own rows alone to be copied, and not even those if
+// they are encoded; long ones that wait for their places take more blocks. To more peers a row that is loaded once
+// leaves several times, so fewer senders fill the link; of short rows a sender moves fewer bytes.
 int SendBlocks(const DispatchParams& params, int num_ranks, int num_blocks) {
   if (params.layout != Layout::kRank) return num_ranks == 2 ? 16 : 12;
   if (params.encoding.x != nullptr) return num_blocks;
@@ -199,6 +212,14 @@ void SplitEncoded(DispatchPlan* plan, int limit, int bytes) {
 
 }  // namespace
 
+// Measured (docs/measured.md): rows with several places here are pulled, and few rows, as a pull begins sooner. One
+// place a row and many of them: pushed, as stores fill the link better than loads. What is encoded is encoded once, so
+// pushed.
+bool DispatchPulls(const DispatchParams& params) {
+  constexpr int kFewTokens = 256;
+  return params.encoding.x == nullptr && (params.layout != Layout::kRank || params.num_tokens <= kFewTokens);
+}
+
 bool DispatchFits(const DispatchParams& p, int num_ranks) {
   const int64_t choices = static_cast<int64_t>(p.num_tokens) * p.num_topk * num_ranks;
   if (num_ranks > kMaxRanks || p.num_topk > kMaxTopk || p.num_experts + num_ranks > kMaxBins) return false;
@@ -210,7 +231,8 @@ bool DispatchFits(const DispatchParams& p, int num_ranks) {
 }
 
 cudaError_t LoadDispatch() {
-  for (const auto kernel : {DispatchKernel<false>, DispatchKernel<true>}) {
+  for (const auto kernel :
+       {DispatchKernel<Way::kPush>, DispatchKernel<Way::kPushEncoded>, DispatchKernel<Way::kPull>}) {
     cudaFuncAttributes attributes;
     if (cudaError_t error = cudaFuncGetAttributes(&attributes, kernel); error != cudaSuccess) return error;
     const cudaError_t error =
@@ -224,7 +246,8 @@ cudaError_t LaunchDispatch(const DispatchParams& params, int num_ranks, const Di
                            cudaStream_t stream) {
   DispatchPlan plan{};
   plan.params = params;
-  const bool encodes = plan.encodes();
+  const bool pulls = DispatchPulls(params), encodes = params.encoding.x != nullptr;
+  plan.way = pulls ? Way::kPull : encodes ? Way::kPushEncoded : Way::kPush;
   const int num_blocks = std::max(1, std::min(config.num_sms, kMaxLanes));
   const int send_blocks =
       config.num_send_blocks > 0 ? config.num_send_blocks : SendBlocks(params, num_ranks, num_blocks);
@@ -253,10 +276,10 @@ cudaError_t LaunchDispatch(const DispatchParams& params, int num_ranks, const Di
   plan.stages_offset = RoundUp(plan.zero_rows_offset + (2 * num_local + 3) * 4, 128);
   const int64_t scratch = std::max(kRouteWarps * 32 * num_ranks, params.num_experts + num_ranks);
   const int64_t notify_bytes = 4 * ((kRouteWarps + 2ll) * plan.num_bins + scratch);
+  const int copy_warps = pulls ? kDispatchWarps : kDispatchWarps - kFirstCopyWarp;  // beside senders
   const auto shared_bytes = [&] {
-    plan.send_bytes = plan.send.stages * plan.send.stride + plan.slots * plan.slot_stride;
+    plan.send_bytes = pulls ? 0 : plan.send.stages * plan.send.stride + plan.slots * plan.slot_stride;
     const int64_t copy_bytes = static_cast<int64_t>(plan.copy.stages) * plan.copy.stride;
-    const int copy_warps = kDispatchWarps - kFirstCopyWarp;
     const int64_t send_block = int64_t{kSendWarps} * plan.send_bytes + std::max(copy_warps * copy_bytes, notify_bytes);
     const int64_t copy_block = std::max(kDispatchWarps * copy_bytes, notify_bytes);
     return plan.stages_offset + std::max(send_block, num_blocks > plan.num_send_blocks ? copy_block : 0);
@@ -272,12 +295,13 @@ cudaError_t LaunchDispatch(const DispatchParams& params, int num_ranks, const Di
     SplitEncoded(&plan, piece, 0);
     plan.slots = plan.send.stages = 2;
   }
-  const int64_t free_bytes =
-      (kDispatchWarps - kFirstCopyWarp) * int64_t{plan.copy.stages} * plan.copy.stride - notify_bytes;
+  const int64_t free_bytes = copy_warps * int64_t{plan.copy.stages} * plan.copy.stride - notify_bytes;
   const int64_t block_tokens = (params.num_tokens + plan.num_send_blocks - 1) / plan.num_send_blocks + 1;
   plan.staged_choices = static_cast<int>(std::clamp<int64_t>(free_bytes / 8, 0, block_tokens * params.num_topk));
-  const auto kernel = encodes ? DispatchKernel<true> : DispatchKernel<false>;
-  kernel<<<num_blocks, DispatchThreads(encodes), shared_bytes(), stream>>>(plan);
+  const auto kernel = pulls     ? DispatchKernel<Way::kPull>
+                      : encodes ? DispatchKernel<Way::kPushEncoded>
+                                : DispatchKernel<Way::kPush>;
+  kernel<<<num_blocks, DispatchThreads(plan.way), shared_bytes(), stream>>>(plan);
   return cudaGetLastError();
 }
 

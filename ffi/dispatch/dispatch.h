@@ -1,9 +1,13 @@
-// dispatch: every rank stores each of its tokens once into every rank that owns one of its experts; that rank copies it
-// on to its further experts. dispatch_cached does the same along a known routing, notify gives the routing alone.
+// dispatch: each token's row crosses once to every rank that owns one of its experts, and lies there once for each
+// expert that chose it (layout "rank": once). dispatch_cached does the same along a known routing, notify gives the
+// routing alone. Rows are pulled, or pushed where DispatchPulls says no:
+//
+//   puller     waits for every rank's post and slots, loads rows from the peers' x, stores them to all their places
+//   here
 //
 //   sender     waits for every rank's post, stores rows into the peers' results, releases progress
 //   encoder    makes values and scales of a sender's rows, with an encoding
-//   copier     own tokens, zero rows; acquires progress, copies arrived rows to further experts
+//   copier     own tokens, zero rows; acquires progress, copies arrived encoded rows to further experts
 //
 // docs/protocol.md draws this. T tokens, K choices, E experts, L = E/R local ones, C rows of the result, R ranks.
 #pragma once
@@ -66,6 +70,8 @@ struct DispatchConfig {
   int send_bytes_in_flight = 43008;  // a sending warp; two of them a block
 };
 
+// Whether the ranks pull rows from each other's x, rather than push them into each other's results.
+bool DispatchPulls(const DispatchParams& params);
 // False where the shape is beyond the kernel.
 bool DispatchFits(const DispatchParams& params, int num_ranks);
 cudaError_t LaunchDispatch(const DispatchParams& params, int num_ranks, const DispatchConfig& config,

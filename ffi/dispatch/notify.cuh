@@ -108,16 +108,19 @@ __device__ inline void CountTokens(const DispatchPlan& plan, const Call& call, c
 // Waits for the posts that this block needs and copies the peers' addresses. False: some rank did not come.
 template <int kThreads>
 __device__ inline bool Meet(const DispatchPlan& plan, const Call& call, DispatchShared& shared) {
-  const bool cached = plan.params.operation == kDispatchCached;
-  const int num_lanes = cached ? 1 : plan.num_send_blocks;
+  // Of those that count, all; and of the same block, whose post this block's leaving is about, if it has one.
+  const bool cached = plan.params.operation == kDispatchCached,
+             routes = static_cast<int>(blockIdx.x) < plan.num_send_blocks;
+  const bool posts = routes || plan.way == Way::kPull;
+  const int counting = cached ? 0 : plan.num_send_blocks, num_lanes = counting + (posts && (cached || !routes));
   bool met = true;
   for (int i = threadIdx.x; i < call.num_ranks * num_lanes; i += kThreads) {
-    const int peer = i / num_lanes, lane = cached ? blockIdx.x : i % num_lanes;
+    const int peer = i / num_lanes, nth = i - peer * num_lanes, lane = nth < counting ? nth : blockIdx.x;
     if (!call.Reaches(peer)) continue;
     met &= Await(call, &call.window->post[call.parity][peer][lane], kPosted, kMeet, peer, lane);
   }
   met = __syncthreads_and(met);
-  const int mail_lane = static_cast<int>(blockIdx.x) < plan.num_send_blocks ? blockIdx.x : 0;
+  const int mail_lane = posts ? blockIdx.x : 0;
   for (int i = threadIdx.x; i < call.num_ranks * kNumAddresses; i += kThreads) {
     const int peer = i / kNumAddresses, address = i % kNumAddresses;
     if (!call.Reaches(peer)) continue;

@@ -29,8 +29,12 @@ struct Tokens {
   int begin, end;
 };
 
-constexpr __host__ __device__ int DispatchThreads(bool encodes) {
-  return 32 * (kDispatchWarps + (encodes ? kSendWarps * kEncoders : 0));
+// How rows travel: senders push each once into a rank that wants it; the same and encoders encode them before; or every
+// warp pulls what its rank wants.
+enum class Way { kPush, kPushEncoded, kPull };
+
+constexpr __host__ __device__ int DispatchThreads(Way way) {
+  return 32 * (kDispatchWarps + (way == Way::kPushEncoded ? kSendWarps * kEncoders : 0));
 }
 
 // A routing warp's part of a block's tokens: in order, so a warp's rows of one expert come after those of the warps
@@ -39,10 +43,13 @@ __device__ __forceinline__ Tokens PartOf(int begin, int end, int warp) {
   return {begin + (end - begin) * warp / kRouteWarps, begin + (end - begin) * (warp + 1) / kRouteWarps};
 }
 
+// The first num_send_blocks blocks route, and send where rows are pushed.
+//
 // Sending lane s, a sending warp, begins with tokens [TokenBegin(s), TokenBegin(s + 1)), chunk after chunk, then helps
 // others with theirs. A chunk is a lane's next chunk_tokens tokens, the last one shorter.
 struct DispatchPlan {
   DispatchParams params;
+  Way way;
   int num_send_blocks, num_bins;
   int chunk_tokens, chunks_per_lane;
   int staged_choices;  // of a block, in shared memory
@@ -60,12 +67,16 @@ struct DispatchPlan {
   __host__ __device__ int TokenBegin(int lane) const {
     return static_cast<int>(static_cast<int64_t>(lane) * params.num_tokens / num_lanes());
   }
-  bool encodes() const { return params.encoding.x != nullptr; }
-  // Are there rows that are copied on to further experts of the same rank?
+  // The block that has routed a token.
+  __device__ int BlockOf(int token) const {
+    return static_cast<int>(((token + 1u) * num_send_blocks - 1) / static_cast<uint32_t>(params.num_tokens));
+  }
+  // Of rows that are pushed: are there any that are copied on to further experts of the same rank?
   __device__ bool copies_on() const { return params.layout != Layout::kRank && params.num_topk > 1; }
 };
 
-enum Address { kRecvRows, kRecvRows1, kRecvWeights, kRecvSlot, kRecvTopkIdx };
+// kX, kX1: the rows that peers pull.
+enum Address { kRecvRows, kRecvRows1, kRecvWeights, kRecvSlot, kRecvTopkIdx, kX, kX1 };
 
 // A chunk that a sender has taken.
 struct Chunk {

@@ -8,42 +8,9 @@
 
 #include "device/warp.cuh"
 #include "dispatch/encode.cuh"
-#include "dispatch/plan.cuh"
+#include "dispatch/pipe.cuh"
 
 namespace jax_ep {
-
-// Loads one piece, which begins at `first`, into a stage; the first of a row with the row of the second array at
-// `second`. Called by one lane.
-__device__ __forceinline__ void LoadPiece(const Pieces& pieces, const char* first, const char* second, int piece,
-                                          char* stage, uint64_t* full) {
-  const int size = pieces.Size(piece), second_size = piece == 0 ? pieces.second_bytes : 0;
-  ExpectBytes(full, size + second_size);
-  BulkLoad(stage, first, size, full);
-  if (second_size > 0) BulkLoad(stage + pieces.bytes, second, second_size, full);
-}
-
-// Stores one piece of a row whose places begin at `first` and `second`.
-__device__ __forceinline__ void StorePiece(const Pieces& pieces, char* first, char* second, int piece,
-                                           const char* stage) {
-  BulkStore(first + static_cast<int64_t>(piece) * pieces.bytes, stage, pieces.Size(piece));
-  if (piece == 0 && pieces.second_bytes > 0) BulkStore(second, stage + pieces.bytes, pieces.second_bytes);
-}
-
-// Copies a row of the second array, any number of bytes, to `target`; called by one whole warp.
-__device__ __forceinline__ void CopySmallRow(char* target, const char* source, int64_t num_bytes) {
-  const int lane = threadIdx.x % 32;
-  if (num_bytes % 16 == 0) {
-    for (int64_t i = lane * 16; i < num_bytes; i += 512) {
-      *reinterpret_cast<int4*>(target + i) = *reinterpret_cast<const int4*>(source + i);
-    }
-  } else if (num_bytes % 4 == 0) {
-    for (int64_t i = lane * 4; i < num_bytes; i += 128) {
-      *reinterpret_cast<int32_t*>(target + i) = *reinterpret_cast<const int32_t*>(source + i);
-    }
-  } else {
-    for (int64_t i = lane; i < num_bytes; i += 32) target[i] = source[i];
-  }
-}
 
 // A sending warp. Its instructions are what few ranks wait for, so places are found for several tokens at once: lane
 // j * K + k serves choice k of the j-th. The first choice on a rank sends the row there. Own rows are the copiers'

@@ -4,7 +4,7 @@
 //   done    blocks take (chunk, source) after (chunk, source): each row to all its places here; between, zero rows
 #include <algorithm>
 
-#include "dispatch/copy.cuh"
+#include "dispatch/zero.cuh"
 #include "halves/landing.cuh"
 #include "halves/push.h"
 

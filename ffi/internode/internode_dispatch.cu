@@ -12,8 +12,8 @@
 #include <algorithm>
 
 #include "dispatch/clear.cuh"
-#include "dispatch/copy.cuh"
 #include "dispatch/notify.cuh"
+#include "dispatch/zero.cuh"
 #include "internode/conveyor.cuh"
 #include "internode/internode.h"
 #include "internode/link.cuh"
@@ -23,7 +23,7 @@
 namespace jax_ep {
 namespace {
 
-constexpr int kNotifyThreads = DispatchThreads(false), kMaxZeroBytes = 4096;
+constexpr int kNotifyThreads = DispatchThreads(Way::kPush), kMaxZeroBytes = 4096;
 constexpr int64_t kMaxDynamicShared = 232448 - 2048;  // a block's limit less the static part
 
 struct InternodeDispatchPlan {
