@@ -24,6 +24,7 @@ from benchmarks import summary, traffic
 Row = dict[str, Any]
 
 GIGA = 1e9
+STREAM_PIECE = 2048  # bytes of a row that a combine of "expert" or "batched" adds at once
 H200_MULTIPROCESSORS = 132
 
 
@@ -87,22 +88,21 @@ class Work:
     link_us: float
     network_us: float = 0.0
     rows_through_sms: float = 0.0
+    items: float = 0.0  # of multiprocessors: rows to store, or sums to make
     rows_through_memory: float = 0.0
     row_bytes: float = 0.0
     latency: str = "dispatch_latency"  # which of the machine's
     rate: str = "send"  # likewise
     weigh: str | None = None  # likewise, where rows have gates
 
-    @property
-    def out(self) -> bool:
-        """A dispatch, not a combine."""
-        return self.rate in ("send", "store")
 
-
-def work(exchange: Exchange, operation: str, layout: str, row_bytes: float, capacity: float, link_us: float) -> Work:
+def work(
+    exchange: Exchange, operation: str, layout: str, row_bytes: float, capacity: float, link_us: float, encodes: bool = False
+) -> Work:  # fmt: skip
     """What the multiprocessors and the memory of a rank move.
 
-    dispatch  stores every row of the result, with a token or zero; reads its tokens and, but for "rank", arrived rows again
+    dispatch  stores every row of the result, with a token or zero, and reads a row a (token, rank). Encoded rows but for "rank" are
+              stored over the link besides, and read again where they have arrived, to be copied on
     combine   reads the rows of its experts, hands on a sum a (token, rank), reads those that come and stores its tokens
     """
     rows, choices = exchange.rows_of_ranks, exchange.tokens * exchange.topk
@@ -110,15 +110,18 @@ def work(exchange: Exchange, operation: str, layout: str, row_bytes: float, capa
     if operation.startswith("dispatch"):
         latency = "cached_latency" if operation == "dispatch_cached" else "dispatch_latency"
         rate = "send" if by_rank else "store"
-        copied_on = 0.0 if by_rank else choices - rows
-        through_sms, through_memory = capacity, capacity + exchange.tokens + copied_on
+        through_sms, through_memory = capacity, capacity + rows
+        if encodes and not by_rank:
+            through_sms, through_memory = capacity + exchange.rows_over_links, capacity + choices
+        items = through_sms
     else:
         latency, rate = ("gather_latency", "gather") if by_rank else ("stream_latency", "stream")
         weigh = "weigh" if operation == "combine_weighted" else None
         through_sms, through_memory = choices + rows, choices + 2 * rows + exchange.tokens
+        items = rows + exchange.tokens
         if by_rank:
-            through_sms, through_memory = rows, rows + exchange.tokens
-    return Work(link_us, 0.0, through_sms, through_memory, row_bytes, latency, rate, weigh)
+            through_sms, through_memory, items = rows, rows + exchange.tokens, float(exchange.tokens)
+    return Work(link_us, 0.0, through_sms, items, through_memory, row_bytes, latency, rate, weigh)
 
 
 # ---- what moves it ---------------------------------------------------------------------------------------------------
@@ -134,9 +137,12 @@ class Machine:
     stream_latency: float = 35.0
     send: float = 50.0  # a multiprocessor: rows of a dispatch to "rank"
     store: float = 60.0  # to the other layouts, most of them inside the GPU
-    row: float = 0.05  # µs of a multiprocessor for each row of a dispatch, however short
     gather: float = 35.0  # a multiprocessor: a combine of "rank", row by row
     stream: float = 80.0  # of the other layouts, as one stream
+    send_item: float = 0.05  # µs of a multiprocessor for each row stored, each sum, however short; of the same four
+    store_item: float = 0.02
+    gather_item: float = 0.05
+    stream_item: float = 0.05
     weigh: float = 1.2  # factor of the work of adding where rows have gates
     memory: float = 3300.0
     power: float = 4.0
@@ -151,15 +157,14 @@ class Machine:
 
     def us(self, moved: Work, sms: int) -> float:
         """Of a whole call."""
-        of_row = moved.row_bytes / (getattr(self, moved.rate) * GIGA) * 1e6
-        if moved.out:
-            of_row += self.row
+        row_bytes = math.ceil(moved.row_bytes / STREAM_PIECE) * STREAM_PIECE if moved.rate == "stream" else moved.row_bytes
+        of_rows = moved.rows_through_sms * row_bytes / (getattr(self, moved.rate) * GIGA) * 1e6
         if moved.weigh is not None:
-            of_row *= getattr(self, moved.weigh)
+            of_rows *= getattr(self, moved.weigh)
         times = (
             moved.link_us,
             moved.network_us,
-            moved.rows_through_sms * of_row / sms,
+            (of_rows + moved.items * getattr(self, f"{moved.rate}_item")) / sms,
             moved.rows_through_memory * moved.row_bytes / (self.memory * GIGA) * 1e6,
         )
         hop = self.network_latency if moved.network_us else 0.0
@@ -168,7 +173,8 @@ class Machine:
 
 BOUNDS = {
     "dispatch_latency": (1, 60), "cached_latency": (1, 60), "gather_latency": (1, 60), "stream_latency": (1, 60),
-    "send": (15, 200), "store": (15, 200), "row": (0, 1), "gather": (10, 200), "stream": (10, 200),
+    "send": (15, 200), "store": (15, 200), "gather": (10, 200), "stream": (10, 200),
+    "send_item": (0, 1), "store_item": (0, 1), "gather_item": (0, 1), "stream_item": (0, 1),
     "weigh": (1, 2), "memory": (1500, 4800), "power": (1, 8),
 }  # fmt: skip
 FITTED = tuple(BOUNDS)
@@ -177,7 +183,7 @@ FITTED = tuple(BOUNDS)
 # ---- against our rows ------------------------------------------------------------------------------------------------
 
 
-# Below it a call is a chain of latencies, of which nothing here speaks, and rows of experts are not combined as a stream.
+# Below it a call is a chain of latencies, of which nothing here speaks.
 LEAST_TOKENS = 1024
 
 
@@ -200,7 +206,8 @@ def work_of(row: Row, machine: Machine) -> Work:
     if link_us is None:
         link_us = exchange.rows_over_links * row_bytes / (machine.link_gigabytes(row["sms"]) * GIGA) * 1e6
     capacity = row.get("max_recv_tokens") or batched
-    return work(exchange, row["operation"], row["layout"], row_bytes, capacity, link_us)
+    encodes = row["operation"] == "dispatch" and row["wire"] is not None
+    return work(exchange, row["operation"], row["layout"], row_bytes, capacity, link_us, encodes)
 
 
 def fit(rows: Sequence[Row], start: Machine | None = None) -> Machine:

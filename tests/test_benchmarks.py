@@ -645,16 +645,16 @@ def test_distinct_ranks_and_nodes_of_a_token_are_those_of_drawn_routings():
 def test_a_fit_finds_the_machine_that_made_the_rows():
     model = module("model")
     true = model.Machine(
-        dispatch_latency=12, cached_latency=8, gather_latency=9, stream_latency=15, send=45, store=55, row=0.1, gather=30,
-        stream=70, weigh=1.4, memory=3000, power=2.5,
+        dispatch_latency=12, cached_latency=8, gather_latency=9, stream_latency=15, send=45, store=55, gather=30, stream=70,
+        send_item=0.1, store_item=0.2, gather_item=0.3, stream_item=0.4, weigh=1.4, memory=3000, power=2.5,
     )  # fmt: skip
     rows = []
     sizes = ((1024, 24), (2048, 4), (4096, 8), (4096, 24), (4096, 64), (1024, 132), (16384, 24))
-    for (tokens, sms), layout, wire in itertools.product(sizes, ("rank", "expert"), (None, "fp8")):
+    for (tokens, sms), layout, wire, hidden in itertools.product(sizes, ("rank", "expert"), (None, "fp8"), (7168, 2880)):
         for operation in ("dispatch", "dispatch_cached", "combine", "combine_weighted"):
             if layout == "expert" or operation != "combine_weighted":
                 row = {"level": "kernel", "error": None, "gpus": 4, "ranks": 4, "mode": "high_throughput", "case": "x"}
-                row |= {"tokens": tokens, "topk": 8, "experts": 256, "hidden": 7168, "dtype": "bfloat16", "wire": wire}
+                row |= {"tokens": tokens, "topk": 8, "experts": 256, "hidden": hidden, "dtype": "bfloat16", "wire": wire}
                 row |= {"layout": layout, "operation": operation, "sms": sms, "ceiling_us": None, "routing": "uniform"}
                 row |= {"max_recv_tokens": 4 * tokens if layout == "rank" else 10 * tokens, "us": 1.0}
                 row["us"] = true.us(model.work_of(row, true), sms)

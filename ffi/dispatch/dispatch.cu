@@ -212,12 +212,16 @@ void SplitEncoded(DispatchPlan* plan, int limit, int bytes) {
 
 }  // namespace
 
-// Measured (docs/measured.md): rows with several places here are pulled, and few rows, as a pull begins sooner. One
-// place a row and many of them: pushed, as stores fill the link better than loads. What is encoded is encoded once, so
-// pushed.
-bool DispatchPulls(const DispatchParams& params) {
-  constexpr int kFewTokens = 256;
-  return params.encoding.x == nullptr && (params.layout != Layout::kRank || params.num_tokens <= kFewTokens);
+// Measured (docs/measured.md). Rows with several places here are pulled. One place a row: pushed, as stores fill the
+// link better than loads; but pulled where the link is not the limit: few rows, few multiprocessors that wait for their
+// places (all their warps pull), and between two ranks short rows, of which a sender can send only so many. What is
+// encoded is encoded once, so pushed.
+bool DispatchPulls(const DispatchParams& params, int num_ranks, const DispatchConfig& config) {
+  constexpr int kFewTokens = 256, kFewSms = 16, kShortRow = 8192;
+  if (params.encoding.x != nullptr) return false;
+  if (params.layout != Layout::kRank || params.num_tokens <= kFewTokens) return true;
+  if (num_ranks == 2 && params.rows[0].row_bytes <= kShortRow) return true;
+  return params.operation != kDispatchCached && config.num_sms <= kFewSms;
 }
 
 bool DispatchFits(const DispatchParams& p, int num_ranks) {
@@ -246,7 +250,7 @@ cudaError_t LaunchDispatch(const DispatchParams& params, int num_ranks, const Di
                            cudaStream_t stream) {
   DispatchPlan plan{};
   plan.params = params;
-  const bool pulls = DispatchPulls(params), encodes = params.encoding.x != nullptr;
+  const bool pulls = DispatchPulls(params, num_ranks, config), encodes = params.encoding.x != nullptr;
   plan.way = pulls ? Way::kPull : encodes ? Way::kPushEncoded : Way::kPush;
   const int num_blocks = std::max(1, std::min(config.num_sms, kMaxLanes));
   const int send_blocks =

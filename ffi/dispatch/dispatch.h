@@ -70,8 +70,9 @@ struct DispatchConfig {
   int send_bytes_in_flight = 43008;  // a sending warp; two of them a block
 };
 
-// Whether the ranks pull rows from each other's x, rather than push them into each other's results.
-bool DispatchPulls(const DispatchParams& params);
+// Whether the ranks pull rows from each other's x, rather than push them into each other's results. Static sizes say
+// so, to all ranks alike.
+bool DispatchPulls(const DispatchParams& params, int num_ranks, const DispatchConfig& config);
 // False where the shape is beyond the kernel.
 bool DispatchFits(const DispatchParams& params, int num_ranks);
 cudaError_t LaunchDispatch(const DispatchParams& params, int num_ranks, const DispatchConfig& config,
