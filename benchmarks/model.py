@@ -157,7 +157,9 @@ class Machine:
 
     def us(self, moved: Work, sms: int) -> float:
         """Of a whole call."""
-        row_bytes = math.ceil(moved.row_bytes / STREAM_PIECE) * STREAM_PIECE if moved.rate == "stream" else moved.row_bytes
+        row_bytes = (
+            math.ceil(moved.row_bytes / STREAM_PIECE) * STREAM_PIECE if moved.rate == "stream" else moved.row_bytes
+        )
         of_rows = moved.rows_through_sms * row_bytes / (getattr(self, moved.rate) * GIGA) * 1e6
         if moved.weigh is not None:
             of_rows *= getattr(self, moved.weigh)

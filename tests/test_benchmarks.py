@@ -650,11 +650,20 @@ def test_a_fit_finds_the_machine_that_made_the_rows():
     )  # fmt: skip
     rows = []
     sizes = ((1024, 24), (2048, 4), (4096, 8), (4096, 24), (4096, 64), (1024, 132), (16384, 24))
-    for (tokens, sms), layout, wire, hidden in itertools.product(sizes, ("rank", "expert"), (None, "fp8"), (7168, 2880)):
+    for (tokens, sms), layout, wire, hidden in itertools.product(
+        sizes, ("rank", "expert"), (None, "fp8"), (7168, 2880)
+    ):
         for operation in ("dispatch", "dispatch_cached", "combine", "combine_weighted"):
             if layout == "expert" or operation != "combine_weighted":
                 row = {"level": "kernel", "error": None, "gpus": 4, "ranks": 4, "mode": "high_throughput", "case": "x"}
-                row |= {"tokens": tokens, "topk": 8, "experts": 256, "hidden": hidden, "dtype": "bfloat16", "wire": wire}
+                row |= {
+                    "tokens": tokens,
+                    "topk": 8,
+                    "experts": 256,
+                    "hidden": hidden,
+                    "dtype": "bfloat16",
+                    "wire": wire,
+                }
                 row |= {"layout": layout, "operation": operation, "sms": sms, "ceiling_us": None, "routing": "uniform"}
                 row |= {"max_recv_tokens": 4 * tokens if layout == "rank" else 10 * tokens, "us": 1.0}
                 row["us"] = true.us(model.work_of(row, true), sms)
