@@ -24,6 +24,16 @@ def benchmarks_importable():
     sys.path.remove(str(ROOT))
 
 
+@pytest.fixture(scope="module", autouse=True)
+def compiles_fast():
+    """Here and in the processes that are started: no test looks at a time or at how a sum is rounded."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+        yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
 @pytest.fixture
 def on_cpu():
     """For tests that look at a CPU's rows: tests/gpu/test_benchmarks_gpu.py looks at those of a GPU."""
