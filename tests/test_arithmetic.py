@@ -37,17 +37,24 @@ def unweighted_layer(case, x, topk_idx, weights):
     return jax_ep.combine(-recv.x, handle)
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
-@pytest.mark.parametrize("layers", [layer, halved_layer, unweighted_layer])
 @pytest.mark.parametrize("num_topk", [1, 2])
 @pytest.mark.parametrize("name", [*LAYOUTS, "expert-one-rank", "rank-one-rank", "batched-one-rank"])
-def test_a_sum_of_negative_zeros_is_zero(name, num_topk, layers, dtype):
-    c = dataclasses.replace(case(name), num_topk=num_topk, dtype=dtype)
-    idx = draw_topk_idx(c, "any")
-    x = np.zeros((*idx.shape[:2], c.hidden), c.dtype)
-    got = on_every_rank(c, lambda *args: layers(c, *args))(x, idx, gates(*idx.shape))
-    assert_same_bits(got, oracle_layer(c, x, idx, gates(*idx.shape)))
-    assert not np.signbit(got.astype(np.float32)).any()
+def test_a_sum_of_negative_zeros_is_zero(name, num_topk):
+    """Every dtype and every layer in one program: the routing, which they share, is most of what there is to compile."""
+    dtypes = ("bfloat16", "float16", "float32")
+    cases = [dataclasses.replace(case(name), num_topk=num_topk, dtype=dtype) for dtype in dtypes]
+    idx = draw_topk_idx(cases[0], "any")
+    weights = gates(*idx.shape)
+    xs = [np.zeros((*idx.shape[:2], c.hidden), c.dtype) for c in cases]
+
+    def f(xs, idx, weights):
+        layers = (layer, halved_layer, unweighted_layer)
+        return [[each(c, x, idx, weights) for each in layers] for c, x in zip(cases, xs, strict=True)]
+
+    for c, x, results in zip(cases, xs, on_every_rank(cases[0], f)(xs, idx, weights), strict=True):
+        for got in results:
+            assert_same_bits(got, oracle_layer(c, x, idx, weights))
+            assert not np.signbit(got.astype(np.float32)).any()
 
 
 @pytest.mark.parametrize("hidden", [8, 1024, 2048])
