@@ -252,7 +252,7 @@ def test_gradients_taken_inside_shard_map(layout):
         return jax.grad(lambda x, w, s: (moe(c, x, idx, w, s) ** 2).sum(), (0, 1, 2))(x, weights, scale)
 
     x, idx, weights, scale = args
-    expected = jax.grad(lambda x, w, s: (dense(c, x, idx, w, s) ** 2).sum(), (0, 1, 2))(x, weights, scale)
+    expected = jax.jit(jax.grad(lambda x, w, s: (dense(c, x, idx, w, s) ** 2).sum(), (0, 1, 2)))(x, weights, scale)
     close(jax.jit(sharded(c, f))(*args), expected)
 
 
@@ -831,7 +831,7 @@ def test_export_and_back_with_gradients(layout):
     assert_same_bits(np.asarray(jax.jit(loaded.call)(*placed)), np.asarray(f(*args)))
     x, idx, weights, scale = placed
     gradient = jax.jit(jax.grad(lambda x: (loaded.call(x, idx, weights, scale) ** 2).sum()))(x)
-    close(gradient, jax.grad(lambda x: (dense(c, x, *args[1:]) ** 2).sum())(args[0]))
+    close(gradient, jax.jit(jax.grad(lambda x: (dense(c, x, *args[1:]) ** 2).sum()))(args[0]))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
