@@ -55,6 +55,16 @@ def pytest_sessionstart(session):
     tuning.table = lambda: ()
 
 
+@pytest.fixture
+def compiles_fast():
+    """For a test that compares with a tolerance far above what XLA's optimisations change."""
+    import jax
+
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
 def pytest_collection_modifyitems(config, items):
     gpu_items = [item for item in items if item.get_closest_marker("gpu")]
     if not gpu_items:

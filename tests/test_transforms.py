@@ -30,6 +30,7 @@ from strategies import draw_topk_idx, integers, normal
 import jax_ep
 
 P = jax.P
+quick = pytest.mark.usefixtures("compiles_fast")
 
 ADJOINT = [
     *(
@@ -229,6 +230,7 @@ def test_cotangents_keep_the_dtype_of_their_rows(dtype):
 # ---- derivatives of a layer ------------------------------------------------------------------------------------------
 
 
+@quick
 @pytest.mark.parametrize("check_vma", [True, False])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_value_and_gradients_are_those_of_the_dense_layer(layout, check_vma):
@@ -243,6 +245,7 @@ def test_value_and_gradients_are_those_of_the_dense_layer(layout, check_vma):
     close(gradients(f), gradients(functools.partial(dense, c)))
 
 
+@quick
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_gradients_taken_inside_shard_map(layout):
     c = case(layout)
@@ -256,6 +259,7 @@ def test_gradients_taken_inside_shard_map(layout):
     close(jax.jit(sharded(c, f))(*args), expected)
 
 
+@quick
 def test_check_grads_forward_and_reverse_to_second_order():
     """Against finite differences; the next test has the other layouts and exact expectations."""
     c = case("expert-three-ranks")
@@ -269,6 +273,7 @@ def test_check_grads_forward_and_reverse_to_second_order():
     check_grads(lambda x, weights: f(x, idx, weights), (x, weights), order=2, atol=0.05, rtol=0.05, eps=1e-2)
 
 
+@quick
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_second_derivatives_are_those_of_the_dense_layer(layout):
     """Forward over reverse, reverse over forward, reverse over reverse: the same Hessian times a vector."""
@@ -298,6 +303,7 @@ def test_second_derivatives_are_those_of_the_dense_layer(layout):
     close(products(layer(c)), products(functools.partial(dense, c)), 1e-4)
 
 
+@quick
 def test_jacrev_and_jacfwd():
     """vmap of the transpose and of the tangent."""
     c = case("expert-three-ranks")
@@ -378,6 +384,7 @@ def batches(c, size=3):
     return xs * grow, idxs, ws / grow, one[0][3]
 
 
+@quick
 @pytest.mark.parametrize(
     ("batched", "inside"),
     [
@@ -434,6 +441,7 @@ def test_vmap_of_rows_is_exact_and_one_exchange(layout):
         assert_same_tree(split_ranks(got, c.num_ranks), expected)
 
 
+@quick
 def test_vmap_over_other_axes_of_the_operands_and_twice():
     c = case("expert")
     xs, idxs, ws, scale = batches(c)
@@ -448,6 +456,7 @@ def test_vmap_over_other_axes_of_the_operands_and_twice():
     close(got[0], expected, 1e-6)
 
 
+@quick
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_gradient_of_vmap_and_vmap_of_gradient(layout):
     c = case(layout)
@@ -554,6 +563,7 @@ REMATS = {
 }
 
 
+@quick
 @pytest.mark.parametrize("check_vma", [True, False])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_scan_over_layers_and_remat(layout, check_vma):
@@ -691,6 +701,7 @@ def data_by_expert(c):
     return jax.sharding.Mesh(grid, ("data", "expert"))
 
 
+@quick
 @pytest.mark.parametrize("check_vma", [True, False])
 def test_data_parallel_times_expert_parallel(check_vma):
     """Experts are replicated over "data": their gradient is the sum over it."""
@@ -714,6 +725,7 @@ def test_data_parallel_times_expert_parallel(check_vma):
     close(gradients(f), gradients(functools.partial(dense, c)))
 
 
+@quick
 def test_operands_the_same_on_all_ranks():
     """Under check_vma a replicated operand has another type; it is cast, not refused, and its gradient is a sum."""
     c = case("expert")
@@ -795,6 +807,7 @@ def test_a_mesh_with_explicit_axes():
     close(gradients(f, *args), expected)
 
 
+@quick
 @pytest.mark.parametrize("name", ["expert-two-axes", "expert-permuted"])
 def test_layers_over_two_axes_and_permuted_devices(name):
     c = case(name)
@@ -819,7 +832,7 @@ def test_export_and_back_with_gradients(layout):
     pytest.importorskip("flatbuffers", reason="jax.export serialises with it")
     c = case(layout)
     args = layer_inputs(c)
-    f = layer(c)
+    f = jax.jit(sharded(c, functools.partial(moe, c)))  # not `layer`, which a quick test may have compiled
     checks = [
         jax.export.DisabledSafetyCheck.custom_call(f"jax_ep_{mode}{name}")
         for mode in ("", "low_latency_")
