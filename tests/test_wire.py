@@ -39,22 +39,22 @@ def quantized(x, form):
     return np.asarray(q.values), np.asarray(q.scales)
 
 
-@pytest.mark.parametrize("form", FORMATS)
 @pytest.mark.parametrize("name", ["expert", "expert-tight-aligned", "rank", "batched-tight"])
-def test_a_wire_format_moves_what_quantize_gives(name, form):
-    """The scales of rows that hold nothing are zero bytes too, whatever number e8m0 makes of that."""
+def test_a_wire_format_moves_what_quantize_gives(name):
+    """The scales of rows that hold nothing are zero bytes too, whatever number e8m0 makes of that. All formats in one program."""
     c = wide(name)
     x, idx = rows_of(c), draw_topk_idx(c, "any")
     weights = gates(*idx.shape)
-    recv, handle = on_every_rank(c, functools.partial(dispatch, c, wire=form))(x, idx, weights)
-    values, scales = quantized(x, form)
-    expected = expect(c, handle, idx, values, weights)
-    assert_same_bits(recv.x.values, expected.x)
-    assert_same_bits(recv.x.scales, expect(c, handle, idx, scales).x)
-    assert recv.x.format == form
-    assert_same_bits(recv.x.carrier, np.zeros(expected.x.shape, x.dtype))
-    for field in ("weights", "group_sizes", "topk_idx", "num_tokens_per_expert", "num_dropped", "num_invalid"):
-        assert_same_bits(getattr(recv, field), getattr(expected, field), field)
+    f = on_every_rank(c, lambda *args: [dispatch(c, *args, wire=form) for form in FORMATS])
+    for form, (recv, handle) in zip(FORMATS, f(x, idx, weights), strict=True):
+        values, scales = quantized(x, form)
+        expected = expect(c, handle, idx, values, weights)
+        assert_same_bits(recv.x.values, expected.x, form)
+        assert_same_bits(recv.x.scales, expect(c, handle, idx, scales).x, form)
+        assert recv.x.format == form
+        assert_same_bits(recv.x.carrier, np.zeros(expected.x.shape, x.dtype), form)
+        for field in ("weights", "group_sizes", "topk_idx", "num_tokens_per_expert", "num_dropped", "num_invalid"):
+            assert_same_bits(getattr(recv, field), getattr(expected, field), f"{form}, {field}")
 
 
 @pytest.mark.parametrize("form", FORMATS)
