@@ -98,30 +98,38 @@ CUSTOM = {
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("kind", CUSTOM)
-def test_rows_of_a_users_own_format_pass_as_bytes(kind, layout):
+def test_rows_of_a_users_own_format_pass_as_bytes(layout):
+    """All formats in one program."""
     c = case(layout)
-    values, scales = (
-        any_bits(seed, c.num_ranks, c.num_tokens, columns, dtype=dtype)
-        for seed, (dtype, columns) in enumerate(CUSTOM[kind])
-    )
+    rows = {
+        kind: [
+            any_bits(seed, c.num_ranks, c.num_tokens, columns, dtype=dtype)
+            for seed, (dtype, columns) in enumerate(arrays)
+        ]
+        for kind, arrays in CUSTOM.items()
+    }
     idx = draw_topk_idx(c, "any")
     weights = gates(*idx.shape)
 
-    def f(values, scales, idx, weights):
-        mine = jax_ep.Quantized(values, scales)
-        recv, handle = dispatch(c, mine, idx, weights)
-        pending = dispatch(c, mine, idx, weights, start_only=True)
-        return recv, handle, jax_ep.dispatch_cached(mine, handle), jax_ep.dispatch_done(pending)[0]
+    def f(rows, idx, weights):
+        def of_one(values, scales):
+            mine = jax_ep.Quantized(values, scales)
+            recv, handle = dispatch(c, mine, idx, weights)
+            pending = dispatch(c, mine, idx, weights, start_only=True)
+            return recv, handle, jax_ep.dispatch_cached(mine, handle), jax_ep.dispatch_done(pending)[0]
 
-    recv, handle, cached, by_halves = on_every_rank(c, f)(values, scales, idx, weights)
-    expected = expect(c, handle, idx, values, weights)
-    assert_same_bits(recv.x.values, expected.x)
-    assert_same_bits(recv.x.scales, expect(c, handle, idx, scales).x)
-    assert_same_bits(recv.weights, expected.weights)
-    assert (recv.x.carrier, recv.x.format) == (None, "custom")
-    assert_same_tree(cached, recv.x)
-    assert_same_tree(by_halves, recv)
+        return {kind: of_one(*arrays) for kind, arrays in rows.items()}
+
+    results = on_every_rank(c, f)(rows, idx, weights)
+    for kind, (values, scales) in rows.items():
+        recv, handle, cached, by_halves = results[kind]
+        expected = expect(c, handle, idx, values, weights)
+        assert_same_bits(recv.x.values, expected.x, kind)
+        assert_same_bits(recv.x.scales, expect(c, handle, idx, scales).x, kind)
+        assert_same_bits(recv.weights, expected.weights, kind)
+        assert (recv.x.carrier, recv.x.format) == (None, "custom")
+        assert_same_tree(cached, recv.x)
+        assert_same_tree(by_halves, recv)
 
 
 # ---- straight-through derivatives ------------------------------------------------------------------------------------
