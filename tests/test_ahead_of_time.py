@@ -51,6 +51,15 @@ def mesh():
     return Mesh(np.array(topology.devices), ("expert",))
 
 
+@pytest.fixture(scope="module", autouse=True)
+def nothing_is_kept():
+    """JAX cannot read back what it has compiled for a topology, so it must not be in the run's cache (conftest.py)."""
+    before = jax.config.jax_persistent_cache_min_compile_time_secs
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", float("inf"))
+    yield
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", before)
+
+
 @pytest.fixture(autouse=True)
 def kernels_serve(monkeypatch):
     """The devices of a topology cannot be asked for peer access or memory: say that they have it."""

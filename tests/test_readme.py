@@ -1,5 +1,6 @@
 """The examples of README.md and docs/overlap.md run as they stand there."""
 
+import os
 import re
 import subprocess
 import sys
@@ -11,7 +12,10 @@ ROOT = Path(__file__).parents[1]
 def run_only_code(text, cwd):
     (code,) = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
     command = [sys.executable, "-W", "error", "-c", code]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=250, cwd=cwd)  # not among the sources
+    env = os.environ | {"JAX_ENABLE_COMPILATION_CACHE": "0"}  # as users run it
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=250, cwd=cwd, env=env
+    )  # not among the sources
     assert done.returncode == 0, done.stderr
     return code, done.stdout
 
