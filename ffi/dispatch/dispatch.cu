@@ -219,7 +219,9 @@ void SplitEncoded(DispatchPlan* plan, int limit, int bytes) {
 bool DispatchPulls(const DispatchParams& params, int num_ranks, const DispatchConfig& config) {
   constexpr int kFewTokens = 256, kFewSms = 16, kShortRow = 8192;
   if (params.encoding.x != nullptr) return false;
-  if (params.layout != Layout::kRank || params.num_tokens <= kFewTokens) return true;
+  if (params.layout != Layout::kRank) return true;
+  if (config.pulls >= 0) return config.pulls != 0;
+  if (params.num_tokens <= kFewTokens) return true;
   if (num_ranks == 2 && params.rows[0].row_bytes <= kShortRow) return true;
   return params.operation != kDispatchCached && config.num_sms <= kFewSms;
 }

@@ -68,6 +68,7 @@ struct DispatchConfig {
   int num_sms = 24;
   int num_send_blocks = 0;           // 0: by the number of ranks
   int send_bytes_in_flight = 43008;  // a sending warp; two of them a block
+  int pulls = -1;                    // rows as they are in layout "rank": 0 or 1; -1: what was measured to be faster
 };
 
 // Whether the ranks pull rows from each other's x, rather than push them into each other's results. Static sizes say

@@ -232,6 +232,14 @@ inline std::vector<Case> SmallCases(int R) {
       {"long rows, all to expert 0", R, 200, 4, 4 * R, Layout::kExpert, 8, 0, 0, bf16, 3072, 0, true, 0.9},
   };
   for (Case& c : cases) c.num_sms = 3, c.num_send_blocks = 2;
+  const size_t first = cases.size();
+  for (size_t i = 0; i < first; ++i) {  // rows of layout "rank" both ways
+    if (cases[i].layout != Layout::kRank) continue;
+    cases[i].pulls = 1;
+    cases.push_back(cases[i]);
+    cases.back().pulls = 0;
+    cases.back().name += ", pushed";
+  }
   return cases;
 }
 
@@ -258,6 +266,7 @@ inline Case RandomCase(std::mt19937& random) {
   c.invalid = pick({0, 1}) * 0.1;
   c.num_sms = pick({1, 2, 5, 12, 16});
   c.num_send_blocks = pick({1, 2, 3, 12});
+  c.pulls = pick({-1, 0, 1});
   c.seed = random();
   return c;
 }

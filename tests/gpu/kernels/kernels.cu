@@ -34,6 +34,7 @@ struct NvlinkCalls {
   cudaError_t Dispatch(int, const DispatchParams& params, const Case& c, cudaStream_t stream) const {
     DispatchConfig config;
     config.num_sms = c.num_sms, config.num_send_blocks = c.num_send_blocks;
+    config.pulls = c.pulls;
     return LaunchDispatch(params, c.num_ranks, config, stream);
   }
   cudaError_t Combine(int, const CombineParams& params, const Case& c, cudaStream_t stream) const {
@@ -78,7 +79,11 @@ int Check(int argc, char** argv) {
       {"GPT-OSS batched, four ranks", 4, 1024, 4, 128, Layout::kBatched, 1, 256, 0, bf16, 2880, 0, true, 0, 0.02, 24,
        12},
   };
-  for (const Case& c : models) ok &= CheckCase(c, 37);
+  for (Case& c : models) {
+    ok &= CheckCase(c, 37);
+    if (c.layout != Layout::kRank) continue;
+    for (c.pulls = 0; c.pulls < 2; ++c.pulls) ok &= CheckCase(c, 37);
+  }
   std::mt19937 random(argc > 2 ? std::atoi(argv[2]) : 1);
   const int count = argc > 3 ? std::atoi(argv[3]) : 60;
   int wrong = 0;

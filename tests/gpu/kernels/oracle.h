@@ -32,6 +32,7 @@ struct Case {
   int num_sms = 8, num_send_blocks = 4;
   unsigned seed = 1;
   uint32_t dead = 0;  // masked ranks
+  int pulls = -1;     // as in DispatchConfig
 
   bool IsDead(int rank) const { return (dead >> rank & 1) != 0; }
   int64_t elem_bytes() const { return dtype == RowDtype::kFloat32 ? 4 : 2; }
