@@ -15,8 +15,8 @@ import pytest
 from cases import Case, case, fitted
 from jax import lax
 from layer import draw, draw_many, layer, oracle_dispatch, oracle_layer, place
-from spmd import LAYOUTS, assert_same_bits, dispatch, mesh_of, on_every_rank, sharded, split_ranks
-from strategies import integers
+from spmd import LAYOUTS, assert_same_bits, dispatch, expect, mesh_of, on_every_rank, sharded, split_ranks
+from strategies import draw_topk_idx, gates, integers, normal
 
 import jax_ep
 
@@ -77,6 +77,29 @@ def test_a_loop_in_a_loop_and_outputs_of_every_step():
     got = on_every_rank(c, f)(x, idx, weights).reshape(x.shape)
     for i in range(6):
         assert_same_bits(got[:, i], oracle_layer(c, x[:, i], idx[:, i], weights[:, i]), f"step {i}")
+
+
+# ---- where operands are ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_rows_that_are_constants_of_the_program(layout):
+    """They lie with the program's code, not among its arrays; peers read them there, of a dispatch and of a combine."""
+    c = case(layout)
+    x = normal(0, c.num_tokens, c.hidden, dtype=c.dtype)
+    idx, weights = draw_topk_idx(c, "distinct"), gates(c.num_ranks, c.num_tokens, c.num_topk)
+
+    def f(idx, weights):
+        recv, handle = dispatch(c, jnp.asarray(x), idx, weights)
+        y = normal(1, *recv.x.shape, dtype=c.dtype)
+        return recv, handle, jax_ep.dispatch_cached(jnp.asarray(x), handle), jax_ep.combine(jnp.asarray(y), handle)
+
+    recv, handle, cached, out = on_every_rank(c, f)(idx, weights)
+    expected = expect(c, handle, idx, np.broadcast_to(x, (c.num_ranks, *x.shape)), weights)
+    assert_same_bits(recv.x, expected.x)
+    assert_same_bits(cached, expected.x)
+    y = np.broadcast_to(normal(1, *recv.x.shape[1:], dtype=c.dtype), recv.x.shape)
+    assert_same_bits(out, oracle.combine(expected.routing, y.reshape(c.num_ranks, -1, c.hidden)))
 
 
 # ---- memory that XLA gives away --------------------------------------------------------------------------------------

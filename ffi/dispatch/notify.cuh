@@ -1,6 +1,7 @@
 // The routing of a dispatch: counts out, counts in, final places by prefix sums.
 // All threads of a block call these in order: CountTokens, Meet, PlaceExperts; then the routing warps WriteSlots, while
-// the senders of the block follow them with rows. Only send blocks count and write slots. Blocks have kThreads threads.
+// senders, where rows are pushed, follow them with rows. Only send blocks count and write slots. Blocks have kThreads
+// threads.
 #pragma once
 
 #include <type_traits>
@@ -108,14 +109,17 @@ __device__ inline void CountTokens(const DispatchPlan& plan, const Call& call, c
 // Waits for the posts that this block needs and copies the peers' addresses. False: some rank did not come.
 template <int kThreads>
 __device__ inline bool Meet(const DispatchPlan& plan, const Call& call, DispatchShared& shared) {
-  // Of those that count, all; and of the same block, whose post this block's leaving is about, if it has one.
-  const bool cached = plan.params.operation == kDispatchCached,
-             routes = static_cast<int>(blockIdx.x) < plan.num_send_blocks;
-  const bool posts = routes || plan.way == Way::kPull;
-  const int counting = cached ? 0 : plan.num_send_blocks, num_lanes = counting + (posts && (cached || !routes));
+  const bool posts = static_cast<int>(blockIdx.x) < plan.num_send_blocks || plan.way == Way::kPull;
   bool met = true;
+  // Of the same block: read by the threads that have posted, each behind its own post (wait.cuh, Post). Without that a
+  // peer that gives up might not see this block's post, and this block not its farewell.
+  const int poster = static_cast<int>(threadIdx.x) - 32 * kPublishWarp;
+  if (posts && poster >= 0 && poster < 32 && call.Reaches(poster))
+    met = Await(call, &call.window->post[call.parity][poster][blockIdx.x], kPosted, kMeet, poster, blockIdx.x);
+  // Of all that count.
+  const int num_lanes = plan.params.operation == kDispatchCached ? 0 : plan.num_send_blocks;
   for (int i = threadIdx.x; i < call.num_ranks * num_lanes; i += kThreads) {
-    const int peer = i / num_lanes, nth = i - peer * num_lanes, lane = nth < counting ? nth : blockIdx.x;
+    const int peer = i / num_lanes, lane = i % num_lanes;
     if (!call.Reaches(peer)) continue;
     met &= Await(call, &call.window->post[call.parity][peer][lane], kPosted, kMeet, peer, lane);
   }

@@ -91,7 +91,8 @@ class Puller {
     if ((__shfl_sync(~0u, slotted_, source) >> block & 1) != 0) return true;
     bool came = true;
     if (lane_ == 0) came = Await(call_, &call_.window->progress[source][block], kPosted, kRows, source, block);
-    came_ = __shfl_sync(~0u, came, 0);  // and lane 0 has acquired for all
+    came_ = __shfl_sync(~0u, came, 0);
+    __syncwarp();  // lane 0 acquired for all
     if (lane_ == source && came_) slotted_ |= 1u << block;
     return came_;
   }

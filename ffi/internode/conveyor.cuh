@@ -1,5 +1,5 @@
 // Rows through shared memory by bulk copies: a warp has a whole row on its way, where registers hold a quarter of one.
-// Neighbours: ring.cuh, whose messages these rows are of; dispatch/copy.cuh does the same over NVLink.
+// Neighbours: ring.cuh, whose messages these rows are of; dispatch/pipe.cuh does the same over NVLink.
 #pragma once
 
 #include <cstdint>

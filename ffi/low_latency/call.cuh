@@ -49,7 +49,7 @@ struct Begun {
   bool none, failed, of_this_generation, window_is_free;
 };
 
-// What every call reads, of each lane's peer, and of each lane's window and peer.
+// What every call reads, all at once; some of it of each lane's peer, or of each lane's window and peer.
 struct BegunWords {
   uint64_t epoch, failed_epoch, gone, finished, ack;
   unsigned int turn;
@@ -82,7 +82,7 @@ struct BegunWords {
   }
 };
 
-// The begin of nearly every call: a whole one, where nothing has failed. False: it is none of these. Few instructions,
+// The begin of nearly every whole call: nothing has failed. False: something has. Few instructions,
 // as each is fetched anew and all of the block waits for them.
 __device__ __forceinline__ bool BeginAtOnce(ArenaCall& call, const LowLatencyParams& params, bool refused,
                                             Begun* begun) {
@@ -90,7 +90,7 @@ __device__ __forceinline__ bool BeginAtOnce(ArenaCall& call, const LowLatencyPar
   call.dead = words.dead;
   call.epoch = words.epoch + 1;
   call.generation_begin = GenerationOf(words.epoch) << kCountBits;
-  bool usual = params.half == Half::kBoth && !refused && !words.IsFull(call);
+  bool usual = !refused && !words.IsFull(call);
   usual &= words.gone == 0 || GenerationOf(words.gone) != GenerationOf(call.epoch);
   usual &= words.failed_epoch == 0 || GenerationOf(words.failed_epoch) != GenerationOf(call.epoch);
   const bool window_is_free = !__any_sync(~0u, words.IsLate(call));
@@ -168,7 +168,8 @@ __device__ __forceinline__ ArenaCall BeginArenaCall(const LowLatencyParams& para
   call.ledger = call.Own();
   call.sends = params.half != Half::kDone;
   if (threadIdx.x / 32 == kReader) {
-    if (!BeginAtOnce(call, params, refused, &begun)) BeginWithCare(call, params, refused, &begun);
+    const bool begun_at_once = params.half == Half::kBoth && BeginAtOnce(call, params, refused, &begun);
+    if (!begun_at_once) BeginWithCare(call, params, refused, &begun);
   } else {
     meanwhile();
   }
