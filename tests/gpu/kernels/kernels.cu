@@ -220,6 +220,72 @@ bool CheckLastCalls(const Case& c) {
   return ok && CheckCase(c);
 }
 
+// A rank that calls while the other gives up on it: both have their rows or both have zeros, and into the results of
+// the one that has ended nothing is written any more.
+bool CheckAtDeadline(Layout layout, int pulls) {
+  using namespace std::chrono;
+  constexpr int kTries = 120;
+  constexpr auto kDeadline = microseconds(20000), kAround = microseconds(300);
+  Case c{"at the deadline", 2, 100, 4, 16, layout, 1, 0, 0, RowDtype::kBfloat16, 512};
+  Finish(c);
+  Ranks& ranks = Ranks::Of(2);
+  const auto routing = Route(c);
+  std::vector<std::unique_ptr<Memory>> memory;
+  std::vector<DispatchParams> calls;
+  for (int r = 0; r < 2; ++r) {
+    memory.push_back(std::make_unique<Memory>(ranks.device[r]));
+    calls.push_back(MakeArrays(c, *memory[r], ranks.group.view(r), false).dispatch);
+    calls[r].topk_idx = memory[r]->Put(routing[r].topk_idx);
+    calls[r].topk_weights = memory[r]->Make<float>(c.choices(), 0x3c);
+    calls[r].rows[0].x = memory[r]->Make<char>(c.num_tokens * c.row_bytes(), 1);
+    CHECK_CUDA(cudaDeviceSynchronize());
+  }
+  const int64_t row_bytes = c.capacity * c.row_bytes();
+  const auto launch = [&](int r) {
+    DispatchConfig config{8, 4};
+    config.pulls = pulls;
+    CHECK_CUDA(cudaSetDevice(ranks.device[r]));
+    CHECK_CUDA(LaunchDispatch(calls[r], 2, config, ranks.stream[r]));
+  };
+  const auto rows_of = [&](int r) {
+    std::vector<char> rows(row_bytes);
+    CHECK_CUDA(cudaSetDevice(ranks.device[r]));
+    CHECK_CUDA(cudaMemcpy(rows.data(), calls[r].rows[0].recv, row_bytes, cudaMemcpyDeviceToHost));
+    return rows;
+  };
+  Group::SetTimeout(duration<double>(kDeadline).count());
+  ranks.tells = false;
+  bool ok = true;
+  int met = 0;
+  for (int i = 0; i < kTries && ok; ++i) {
+    const int late = i % 2, early = 1 - late;
+    ++ranks.run;
+    for (int r = 0; r < 2; ++r) {
+      CHECK_CUDA(cudaSetDevice(ranks.device[r]));
+      CHECK_CUDA(ranks.Enter(r));
+      CHECK_CUDA(cudaMemsetAsync(calls[r].rows[0].recv, 0xab, row_bytes, ranks.stream[r]));
+      CHECK_CUDA(cudaStreamSynchronize(ranks.stream[r]));
+    }
+    launch(early);
+    const auto until = steady_clock::now() + kDeadline - kAround + 2 * kAround * i / kTries;
+    while (steady_clock::now() < until) continue;
+    launch(late);
+    CHECK_CUDA(cudaSetDevice(ranks.device[early]));
+    CHECK_CUDA(cudaStreamSynchronize(ranks.stream[early]));
+    const std::vector<char> then = rows_of(early);
+    const bool came = ranks.Wait(30);
+    met += came;
+    ok &= rows_of(early) == then;
+    const std::vector<char> zeros(row_bytes, 0);
+    for (int r = 0; r < 2 && !came; ++r) ok &= rows_of(r) == zeros;
+  }
+  ranks.tells = true;
+  Group::SetTimeout(0.5);
+  std::printf("a call at the other's deadline, %s, %s: %d of %d met, %s\n", layout == Layout::kRank ? "rank" : "expert",
+              pulls ? "pulled" : "pushed", met, kTries, ok ? "right" : "WRONG");
+  return ok && CheckCase(c);
+}
+
 int Timeout() {
   Group::SetTimeout(0.5);
   Case c{"before and after a timeout", 2, 100, 4, 16, Layout::kExpert, 8, 0, 0, RowDtype::kBfloat16, 512};
@@ -270,6 +336,7 @@ int Timeout() {
       ok &= told && zero && CheckCase(c);
     }
   }
+  ok &= CheckAtDeadline(Layout::kExpert, 1) && CheckAtDeadline(Layout::kRank, 0) && CheckAtDeadline(Layout::kRank, 1);
   ok &= CheckLastCalls(c);
   std::printf("%s\n", ok ? "TIMEOUT OK" : "TIMEOUT FAILED");
   return ok ? 0 : 1;
