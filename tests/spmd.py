@@ -115,5 +115,5 @@ def assert_same_bits(got, expected, name=""):
     np.testing.assert_array_equal(got, expected, err_msg=name)
 
 
-def assert_same_tree(got, expected):
-    jax.tree.map(assert_same_bits, got, expected)
+def assert_same_tree(got, expected, name=""):
+    jax.tree.map(functools.partial(assert_same_bits, name=name), got, expected)

@@ -14,12 +14,16 @@ import pytest
 from cases import case
 from spmd import LAYOUTS, assert_same_bits, assert_same_tree, dispatch, expect, on_every_rank
 from strategies import any_bits, draw_topk_idx, gates, integers, normal
+from test_combine import routed
 from test_logfmt import oracle_roundtrip
 
 import jax_ep
 from jax_ep._src import cuda
 
 FORMATS = ("fp8", "fp8_ue8m0", "mxfp8")
+# Of tests that compare moved bytes, integers that round nowhere, or with a tolerance. The formats' arithmetic is held to
+# the bit as XLA optimises it in test_quantized.py and test_arithmetic.py; sums in logfmt10 are so here.
+quick = pytest.mark.usefixtures("compiles_fast")
 
 
 def wide(name, hidden=160, **changes):
@@ -39,6 +43,7 @@ def quantized(x, form):
     return np.asarray(q.values), np.asarray(q.scales)
 
 
+@quick
 @pytest.mark.parametrize("name", ["expert", "expert-tight-aligned", "rank", "batched-tight"])
 def test_a_wire_format_moves_what_quantize_gives(name):
     """The scales of rows that hold nothing are zero bytes too, whatever number e8m0 makes of that. All formats in one program."""
@@ -57,36 +62,39 @@ def test_a_wire_format_moves_what_quantize_gives(name):
             assert_same_bits(getattr(recv, field), getattr(expected, field), f"{form}, {field}")
 
 
-@pytest.mark.parametrize("form", FORMATS)
+@quick
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
-def test_other_dtypes_on_the_wire_and_dequantized_again(dtype, form):
+def test_other_dtypes_on_the_wire_and_dequantized_again(dtype):
+    """All formats in one program."""
     c = wide("expert", hidden=128, dtype=dtype)
     x, idx = rows_of(c), draw_topk_idx(c, "distinct")
 
-    def f(x, idx):
+    def of_one(form, x, idx):
         recv, handle = dispatch(c, x, idx, wire=form)
         return jax_ep.dequantize(recv.x), handle
 
-    rows, handle = on_every_rank(c, f)(x, idx)
-    each = np.asarray(jax_ep.dequantize(jax_ep.quantize(jnp.asarray(x), form)))
-    assert_same_bits(rows, expect(c, handle, idx, each).x)
+    results = on_every_rank(c, lambda *args: [of_one(form, *args) for form in FORMATS])(x, idx)
+    for form, (rows, handle) in zip(FORMATS, results, strict=True):
+        each = np.asarray(jax_ep.dequantize(jax_ep.quantize(jnp.asarray(x), form)))
+        assert_same_bits(rows, expect(c, handle, idx, each).x, form)
 
 
-@pytest.mark.parametrize("form", FORMATS)
-def test_quantized_rows_travel_as_those_of_a_wire_format(form):
-    """quantize, then dispatch; and the same rows along a handle."""
+@quick
+def test_quantized_rows_travel_as_those_of_a_wire_format():
+    """quantize, then dispatch; and the same rows along a handle. All formats in one program."""
     c = wide("expert")
     x, idx = rows_of(c), draw_topk_idx(c, "any")
     weights = gates(*idx.shape)
 
-    def f(x, idx, weights):
+    def of_one(form, x, idx, weights):
         by_wire, handle = dispatch(c, x, idx, weights, wire=form)
         by_hand, _ = dispatch(c, jax_ep.quantize(x, form), idx, weights)
         return by_wire, by_hand, jax_ep.dispatch_cached(jax_ep.quantize(x, form), handle)
 
-    by_wire, by_hand, cached = on_every_rank(c, f)(x, idx, weights)
-    assert_same_tree(by_hand, by_wire)
-    assert_same_tree(cached, by_wire.x)
+    results = on_every_rank(c, lambda *args: [of_one(form, *args) for form in FORMATS])(x, idx, weights)
+    for form, (by_wire, by_hand, cached) in zip(FORMATS, results, strict=True):
+        assert_same_tree(by_hand, by_wire, form)
+        assert_same_tree(cached, by_wire.x, form)
 
 
 CUSTOM = {
@@ -97,6 +105,7 @@ CUSTOM = {
 }
 
 
+@quick
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_rows_of_a_users_own_format_pass_as_bytes(layout):
     """All formats in one program."""
@@ -135,10 +144,10 @@ def test_rows_of_a_users_own_format_pass_as_bytes(layout):
 # ---- straight-through derivatives ------------------------------------------------------------------------------------
 
 
+@quick
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("form", FORMATS)
-def test_the_derivative_of_a_wire_format_is_that_of_no_format(form, layout):
-    """Tangents and cotangents travel in x's dtype, unquantized: to the bit those of the plain dispatch."""
+def test_the_derivative_of_a_wire_format_is_that_of_no_format(layout):
+    """Tangents and cotangents travel in x's dtype, unquantized: to the bit those of the plain dispatch. All formats in one program."""
     c = wide(layout)
     x, x_dot = (integers(seed, c.num_ranks, c.num_tokens, c.hidden, dtype=c.dtype) for seed in (0, 1))
     idx = draw_topk_idx(c, "any")
@@ -149,15 +158,15 @@ def test_the_derivative_of_a_wire_format_is_that_of_no_format(form, layout):
             recv, _ = dispatch(c, x, idx, w)
             return recv.x, recv.weights
 
-        def by_wire(x, w):
+        def by_wire(form, x, w):
             recv, _ = dispatch(c, x, idx, w, wire=form)
             return jax_ep.dequantize(recv.x), recv.weights
 
-        def by_hand(x, w):
+        def by_hand(form, x, w):
             recv, _ = dispatch(c, jax_ep.quantize(x, form), idx, w)
             return jax_ep.dequantize(recv.x), recv.weights
 
-        def by_halves(x, w):
+        def by_halves(form, x, w):
             recv, _ = jax_ep.dispatch_done(dispatch(c, x, idx, w, start_only=True, wire=form))
             return jax_ep.dequantize(recv.x), recv.weights
 
@@ -166,12 +175,17 @@ def test_the_derivative_of_a_wire_format_is_that_of_no_format(form, layout):
             cotangents = jax.vjp(g, x, w)[1]((jnp.ones_like(rows), jnp.ones_like(gate)))
             return tangents, cotangents
 
-        return tuple(map(derivatives, (plain, by_wire, by_hand, by_halves)))
+        encoded = {
+            f"{form}, {g.__name__}": derivatives(functools.partial(g, form))
+            for form in FORMATS
+            for g in (by_wire, by_hand, by_halves)
+        }
+        return derivatives(plain), encoded
 
-    expected, *others = on_every_rank(c, f)(x, idx, w, x_dot, w_dot)
+    expected, encoded = on_every_rank(c, f)(x, idx, w, x_dot, w_dot)
     assert expected[0][0].dtype == x.dtype
-    for got in others:
-        assert_same_tree(got, expected)
+    for name, got in encoded.items():
+        assert_same_tree(got, expected, name)
 
 
 def test_gates_of_a_users_own_format_have_gradients():
@@ -192,6 +206,7 @@ def test_gates_of_a_users_own_format_have_gradients():
     np.testing.assert_array_equal(got, 3.0 * ((idx >= 0) & (idx < c.num_experts)))
 
 
+@quick
 @pytest.mark.parametrize("form", FORMATS)
 def test_a_layer_in_a_wire_format_under_vmap_scan_and_remat(form):
     """Every transformation gives the loop's values and gradients; the loop's are those of rows quantized beforehand."""
@@ -225,9 +240,9 @@ def test_a_layer_in_a_wire_format_under_vmap_scan_and_remat(form):
 
 
 @pytest.mark.parametrize(
-    ("name", "hidden", "dtype"),
+    ("name", "hidden", "dtypes"),
     [
-        *((layout, 640, dtype) for layout in LAYOUTS for dtype in ("bfloat16", "float32")),  # pieces of 512 and of 128
+        *((layout, 640, "bfloat16 float32") for layout in LAYOUTS),  # pieces of 512 and of 128
         ("expert", 8, "float16"),
         ("expert-eight-ranks", 1032, "float16"),
         ("expert-tight-aligned", 2048, "bfloat16"),
@@ -235,35 +250,31 @@ def test_a_layer_in_a_wire_format_under_vmap_scan_and_remat(form):
         ("batched-three-ranks", 296, "bfloat16"),
     ],
 )
-def test_logfmt10_on_the_way_back_is_each_ranks_sum_through_the_format(name, hidden, dtype):
-    c = wide(name, hidden=hidden, dtype=dtype)
+def test_logfmt10_on_the_way_back_is_each_ranks_sum_through_the_format(name, hidden, dtypes):
+    """A layout's dtypes in one program. Of the way out only the routing matters: it is that of narrow rows, as in test_combine.py."""
+    c, dtypes = case(name), dtypes.split()
     idx = draw_topk_idx(c, "any")
-    x = rows_of(c)
-
-    def send(x, idx, weights):
-        return dispatch(c, x, idx, weights)
-
-    weights = normal(1, *idx.shape)
-    recv, handle = on_every_rank(c, send)(x, idx, weights)
-    y = normal(2, *recv.x.shape) / 8
+    recv, handle = routed(c)(idx, normal(1, *idx.shape))
+    y = normal(2, *recv.x.shape[:-1], hidden) / 8
     y[..., ::7, :] *= 64  # some rows beyond 1: these travel as they are
-    y = y.astype(x.dtype)
+    ys = [y.astype(jnp.dtype(dtype)) for dtype in dtypes]
     gate = [] if c.layout == "rank" else [recv.weights]
 
     def back(y, handle, *gate):
         whole = jax_ep.combine(y, handle, *gate, wire="logfmt10")
         return whole, jax_ep.combine_done(jax_ep.combine_start(y, handle, *gate, wire="logfmt10"))
 
-    got, by_halves = on_every_rank(c, back)(y, handle, *gate)
-    assert_same_bits(by_halves, got)
-    routing = expect(c, handle, idx, x).routing
-    by_row = y.reshape(c.num_ranks, -1, c.hidden)
+    results = on_every_rank(c, lambda ys, *args: [back(y, *args) for y in ys])(ys, handle, *gate)
+    routing = expect(c, handle, idx, np.zeros((c.num_ranks, c.num_tokens, 1), np.float32)).routing
     gate = gate[0].reshape(c.num_ranks, -1) if gate else None
-    expected = oracle.combine(routing, by_row, gate, wire=lambda partial: oracle_roundtrip(partial[None])[0][0])
-    assert_same_bits(got, expected)
-    exact = oracle.combine(routing, by_row, gate).astype(np.float32)
-    assert (got.astype(np.float32) != exact).any()
-    np.testing.assert_allclose(got.astype(np.float32), exact, rtol=0.05, atol=0.1)
+    for dtype, y, (got, by_halves) in zip(dtypes, ys, results, strict=True):
+        assert_same_bits(by_halves, got, dtype)
+        by_row = y.reshape(c.num_ranks, -1, hidden)
+        expected = oracle.combine(routing, by_row, gate, wire=lambda partial: oracle_roundtrip(partial[None])[0][0])
+        assert_same_bits(got, expected, dtype)
+        exact = oracle.combine(routing, by_row, gate).astype(np.float32)
+        assert (got.astype(np.float32) != exact).any(), dtype
+        np.testing.assert_allclose(got.astype(np.float32), exact, rtol=0.05, atol=0.1, err_msg=dtype)
 
 
 @pytest.mark.parametrize("name", ["expert", "expert-tight", "rank", "rank-tight", "batched", "batched-tight"])
@@ -271,8 +282,8 @@ def test_sums_encoded_before_the_kernel_of_high_throughput_are_the_same(name):
     """XLA sums and encodes, the kernel moves: its rows are the sums, under a routing of layout "rank"."""
     c = wide(name, hidden=640)
     idx = draw_topk_idx(c, "any")
-    recv, handle = on_every_rank(c, functools.partial(dispatch, c))(rows_of(c), idx, normal(1, *idx.shape))
-    y = (normal(2, *recv.x.shape) / 8).astype(recv.x.dtype)
+    recv, handle = routed(case(name))(idx, normal(1, *idx.shape))
+    y = (normal(2, *recv.x.shape[:-1], c.hidden) / 8).astype(jnp.dtype(c.dtype))
 
     def f(y, handle, weights):
         weights = [] if c.layout == "rank" else [weights.reshape(-1)]
@@ -286,6 +297,7 @@ def test_sums_encoded_before_the_kernel_of_high_throughput_are_the_same(name):
     assert_same_bits(got, expected)
 
 
+@quick
 def test_the_derivative_of_logfmt10_is_straight_through():
     c = wide("expert", hidden=512, dtype="float32")
     idx = draw_topk_idx(c, "any")
