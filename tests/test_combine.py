@@ -27,9 +27,29 @@ def routed(case):
 
 
 @functools.lru_cache
-def combined(case, weighted):
-    """y, Handle[, gates] -> tokens. The handle has been outside jit and shard_map, as NumPy arrays."""
-    return on_every_rank(case, lambda y, handle, *gates: jax_ep.combine(y, handle, *gates))
+def combined(case):
+    """y, Handle -> tokens. The handle has been outside jit and shard_map, as NumPy arrays."""
+    return on_every_rank(case, jax_ep.combine)
+
+
+@functools.lru_cache
+def combined_both_ways(case):
+    """y, Handle, gates -> tokens without gates and, except with layout "rank", with them."""
+
+    def f(y, handle, gates):
+        sums = {"unweighted": jax_ep.combine(y, handle)}
+        if case.layout != "rank":
+            sums["weighted"] = jax_ep.combine(y, handle, gates)
+        return sums
+
+    return on_every_rank(case, f)
+
+
+def assert_sums(case, y, handle, gates, routing):
+    """Both ways, the oracle's. Gates of rows that hold nothing may be NaN."""
+    flat = {"unweighted": None, "weighted": np.asarray(gates).reshape(case.num_ranks, -1)}
+    for name, got in combined_both_ways(case)(y, handle, gates).items():
+        assert_same_bits(got, oracle.combine(routing, by_row(case, y), flat[name]), name)
 
 
 def by_row(case, y):
@@ -51,8 +71,6 @@ def rows_for(recv, handle, case, make):
 
 @pytest.mark.parametrize("case", TINY, ids=str)
 def test_the_sums_are_the_oracles_to_the_bit(case):
-    weighted = case.layout != "rank"
-
     @few_examples
     @hypothesis.given(topk_idx(case))
     def check(topk_idx):
@@ -67,12 +85,8 @@ def test_the_sums_are_the_oracles_to_the_bit(case):
             expert_capacity=handle.routing.expert_capacity,
         )
         y = rows_for(recv, handle, case, functools.partial(normal, 1, dtype=case.dtype))
-        expected = oracle.combine(routing, by_row(case, y))
-        assert_same_bits(combined(case, False)(y, handle), expected, "unweighted")
-        if weighted:
-            gate = np.where(recv.weights == 0, np.float32(np.nan), recv.weights)
-            expected = oracle.combine(routing, by_row(case, y), gate.reshape(case.num_ranks, -1))
-            assert_same_bits(combined(case, True)(y, handle, gate), expected, "weighted")
+        gates = np.where(recv.weights == 0, np.float32(np.nan), recv.weights)
+        assert_sums(case, y, handle, gates, routing)
 
     check()
 
@@ -93,10 +107,7 @@ def test_order_and_rounding_of_the_sums_in_every_dtype(name, dtype):
         return (rng.normal(size=shape) * 2.0 ** rng.integers(-6, 6, shape)).astype(jnp.dtype(dtype))
 
     y = rows_for(recv, handle, full, make)
-    assert_same_bits(combined(full, False)(y, handle), oracle.combine(routing, by_row(full, y)))
-    if full.layout != "rank":
-        gate = np.asarray(recv.weights).reshape(full.num_ranks, -1)
-        assert_same_bits(combined(full, True)(y, handle, recv.weights), oracle.combine(routing, by_row(full, y), gate))
+    assert_sums(full, y, handle, recv.weights, routing)
 
 
 @pytest.mark.parametrize("name", ["expert-tight-aligned", "expert-three-ranks", "batched-tight"])
@@ -157,7 +168,7 @@ def test_leading_axes_come_back(layout):
     idx = draw_topk_idx(small, "any")
     recv, handle = routed(small)(idx, normal(0, *idx.shape))
     y = rows_for(recv, handle, small, functools.partial(normal, 1, dtype=small.dtype))
-    expected = combined(small, False)(y, handle)
+    expected = combined(small)(y, handle)
 
     def f(topk_idx, y):
         x = jnp.ones((3, 2, 8))
@@ -177,7 +188,7 @@ def test_y_may_have_another_width_and_dtype_than_x(layout):
     for hidden, dtype in ((4, "float32"), (40, "float16")):
         y = normal(0, *recv.x.shape[:-1], hidden, dtype=dtype)
         routing = expect(small, handle, idx, stamped(*idx.shape, dtype="float32"), None).routing
-        assert_same_bits(combined(small, False)(y, handle), oracle.combine(routing, by_row(small, y)))
+        assert_same_bits(combined(small)(y, handle), oracle.combine(routing, by_row(small, y)))
 
 
 def test_tokens_without_rows_are_positive_zero():
@@ -185,7 +196,7 @@ def test_tokens_without_rows_are_positive_zero():
     idx = draw_topk_idx(small, "nothing")
     recv, handle = routed(small)(idx, normal(0, *idx.shape))
     y = rows_for(recv, handle, small, functools.partial(normal, 1, dtype=small.dtype))
-    got = combined(small, False)(y, handle)
+    got = combined(small)(y, handle)
     assert_same_bits(got, np.zeros((small.num_ranks, small.num_tokens, small.hidden), got.dtype))
 
 
@@ -196,7 +207,7 @@ def test_infinities_and_nans_of_a_row_reach_its_token_and_no_other():
     y = np.ones((*recv.x.shape[:-1], small.hidden), jnp.bfloat16)
     rank, token = 1, 2
     y[handle.slot[rank, token, 0] // recv.x.shape[1], handle.slot[rank, token, 0] % recv.x.shape[1]] = np.nan
-    got = combined(small, False)(y, handle).astype(np.float32)
+    got = combined(small)(y, handle).astype(np.float32)
     assert np.isnan(got[rank, token]).all()
     got[rank, token] = small.num_topk
     np.testing.assert_array_equal(got, small.num_topk)
@@ -208,6 +219,6 @@ def test_two_runs_are_the_same_bit_for_bit(layout):
     idx = draw_topk_idx(small, "any")
     recv, handle = routed(small)(idx, normal(0, *idx.shape))
     y = rows_for(recv, handle, small, functools.partial(normal, 1, dtype=small.dtype))
-    first = combined(small, False)(y, handle)
+    first = combined(small)(y, handle)
     for _ in range(3):
-        assert_same_bits(combined(small, False)(y, handle), first)
+        assert_same_bits(combined(small)(y, handle), first)
