@@ -164,24 +164,29 @@ def test_s64_expert_ids_under_x64(layout):
     recv, handle, cached = program(small)(x, idx, weights, other_x)
     with jax.enable_x64(True):
         wide = idx.astype(np.int64)
-        recv64, handle64, cached64 = program.__wrapped__(small)(x, wide, weights, other_x)
+        program64 = program.__wrapped__(small)
+        recv64, handle64, cached64 = program64(x, wide, weights, other_x)
         assert_same_tree((recv64, handle64, cached64), (recv, handle, cached))
         # Ids that only 32 bits more can tell from a valid one.
         beyond = np.where(idx < 0, wide, wide + 2**32)
-        recv64, _, _ = program.__wrapped__(small)(x, beyond, weights, other_x)
+        recv64, _, _ = program64(x, beyond, weights, other_x)
     assert (recv64.num_invalid == (idx != -1).sum(axis=(1, 2))[:, None]).all()
     assert not recv64.num_tokens_per_expert.any()
 
 
-@pytest.mark.parametrize("mode", ["auto", "high_throughput", "low_latency"])
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_mode_and_num_sms_choose_a_kernel_and_never_a_meaning(layout, mode):
-    small = case(layout)
+def test_mode_and_num_sms_choose_a_kernel_and_never_a_meaning(layout):
+    """All modes in one program."""
+    small, modes = case(layout), ("auto", "high_throughput", "low_latency")
     x, weights, other_x = inputs(small)
     idx = draw_topk_idx(small, "any")
     expected, _, _ = program(small)(x, idx, weights, other_x)
-    got, _ = on_every_rank(small, functools.partial(dispatch, small, mode=mode, num_sms=8))(x, idx, weights)
-    assert_same_tree(got, expected)
+
+    def f(*args):
+        return {mode: dispatch(small, *args, mode=mode, num_sms=8)[0] for mode in modes}
+
+    for mode, got in on_every_rank(small, f)(x, idx, weights).items():
+        assert_same_tree(got, expected, mode)
 
 
 @pytest.mark.parametrize("name", ["expert-tight", "rank", "batched-eight-ranks"])
