@@ -324,22 +324,21 @@ def test_the_derivative_of_logfmt10_is_straight_through():
 
 
 def test_logfmt10_under_vmap_is_a_loop():
-    """Pieces and groups belong to one row's columns: rows laid side by side must not share them."""
-    for hidden in (320, 1024):
-        c = wide("expert", hidden=hidden, dtype="float32")
-        idx = draw_topk_idx(c, "any")
-        xs = np.stack([rows_of(c, seed) / 64 for seed in range(2)], axis=1)
-        weights = normal(1, *idx.shape)
+    """Pieces and groups belong to one row's columns: rows laid side by side must not share them. Both widths in one program."""
+    cases = [wide("expert", hidden=hidden, dtype="float32") for hidden in (320, 1024)]
+    idx = draw_topk_idx(cases[0], "any")
+    xs = [np.stack([rows_of(c, seed) / 64 for seed in range(2)], axis=1) for c in cases]
+    weights = normal(1, *idx.shape)
 
-        def f(xs, idx, weights, c=c):
-            def layer(x):
-                recv, handle = dispatch(c, x, idx, weights)
-                return (
-                    jax_ep.combine(recv.x, handle, recv.weights, wire="logfmt10"),
-                    jax_ep.combine(recv.x, handle, wire="logfmt10"),
-                )
+    def f(xs, idx, weights):
+        def layer(x):
+            recv, handle = dispatch(cases[0], x, idx, weights)
+            return (
+                jax_ep.combine(recv.x, handle, recv.weights, wire="logfmt10"),
+                jax_ep.combine(recv.x, handle, wire="logfmt10"),
+            )
 
-            return jax.vmap(layer)(xs), jax.tree.map(lambda *a: jnp.stack(a), *map(layer, xs))
+        return [(jax.vmap(layer)(x), jax.tree.map(lambda *a: jnp.stack(a), *map(layer, x))) for x in xs]
 
-        got, expected = on_every_rank(c, f)(xs, idx, weights)
-        assert_same_tree(got, expected)
+    for c, (got, expected) in zip(cases, on_every_rank(cases[0], f)(xs, idx, weights), strict=True):
+        assert_same_tree(got, expected, f"{c.hidden} columns")
