@@ -3,8 +3,8 @@
 //
 //   warps    role       waits for                                 signals
 //   0 - 6    sender     its block's table, the window's reuse     lines of rows, once to every rank that wants them
-//   7 - 14   receiver   the window's reuse (its table), tables    lines of the table, that they are sent; that the places
-//                                                                 are known
+//   7 - 14   receiver   the window's reuse (its table), tables    lines of the table, then that they are sent; that the
+//                                                                 places are known
 //   15       keeper                                               windows read before, to the peers; epoch
 //   all      then jobs  the places; lines                         results
 #include <algorithm>

@@ -136,8 +136,8 @@ __device__ __forceinline__ uint4 LoadTableLines(const DispatchWork& work, int gr
   return make_uint4(words[0], words[1], words[2], words[3]);
 }
 
-// Senders wait for the receivers of their block to have sent its part of the table. Blocks begin together, so rows mostly
-// queue behind all tables: no row finds its place before the last table has come. Only where there are both.
+// Senders wait for the receivers of their block to have sent its part of the table. Blocks begin together, so rows
+// mostly queue behind all tables: no row finds its place before the last table has come. Only where there are both.
 __device__ __forceinline__ void TellTableSent() {
   asm volatile("bar.arrive 4, %0;" ::"n"(32 * (kSenders + kReceivers)) : "memory");
 }
