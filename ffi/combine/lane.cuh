@@ -1,8 +1,8 @@
-// A lane of a combine or a combine_grad: how a block begins a call, meets the same block of every peer, tells how far
-// it is, leaves and ends. docs/protocol.md, "Phases". Block b has lane b of the flags, and the tokens b, b + B, ... of
-// every rank.
+// A lane of a combine or a combine_grad: how a block begins a call, meets the same block of every peer and ends.
+// docs/protocol.md, "Phases". Block b has lane b of the flags, and the tokens b, b + B, ... of every rank.
 //
-// Neighbours: device/wait.cuh has the waits, frame.cuh what combine does between meeting and leaving.
+// Neighbours: device/wait.cuh has the waits, and how such a block tells its peers and leaves; frame.cuh what combine
+// does between meeting and leaving.
 #pragma once
 
 #include <algorithm>
@@ -51,19 +51,6 @@ __device__ __forceinline__ bool MeetPeers(const Call& call, uint64_t (&address)[
 #pragma unroll
   for (int i = 0; i < N; ++i) address[peer][i] = Translate(call, peer, mail.address[i]);
   return met;
-}
-
-// Tells every peer how far this lane is. Called by one whole warp, after it has acquired what other warps did.
-__device__ __forceinline__ void TellPeers(const Call& call, uint32_t state) {
-  const int peer = threadIdx.x % 32;
-  FenceSys();  // what this block has stored and read is before the flag
-  if (call.Reaches(peer)) StoreRelaxedSys(&call.Peer(peer)->progress[call.rank][blockIdx.x], call.Tag(state));
-}
-
-// This rank is done with its peers in this lane, or gives up; waits until they are done with it. Called as TellPeers.
-__device__ __forceinline__ void LeaveLane(const Call& call, bool met) {
-  TellPeers(call, met ? kDone : kGone);
-  Leave(call, blockIdx.x, blockIdx.x);
 }
 
 // The last thing a block does, by all its threads. `clear`, for all threads of one block, clears the results.

@@ -155,6 +155,20 @@ __device__ __forceinline__ void Leave(const Call& call, int post_lane, int progr
   __syncwarp();
 }
 
+// Where each block is a lane: tells every peer how far this one is. Called by one whole warp, after it has acquired
+// what other warps did.
+__device__ __forceinline__ void TellPeers(const Call& call, uint32_t state) {
+  const int peer = threadIdx.x % 32;
+  FenceSys();  // what this block has stored and read is before the flag
+  if (call.Reaches(peer)) StoreRelaxedSys(&call.Peer(peer)->progress[call.rank][blockIdx.x], call.Tag(state));
+}
+
+// This rank is done with its peers in this lane, or gives up; waits until they are done with it. Called as TellPeers.
+__device__ __forceinline__ void LeaveLane(const Call& call, bool met) {
+  TellPeers(call, met ? kDone : kGone);
+  Leave(call, blockIdx.x, blockIdx.x);
+}
+
 // A call that this rank's host has refused runs as one that has failed; its reason was told before.
 __device__ __forceinline__ void Refuse(const AnyCall& call) {
   atomicMax(reinterpret_cast<unsigned long long*>(&call.ledger->failed_epoch),

@@ -147,10 +147,10 @@ __global__ void __launch_bounds__(DispatchThreads(kWay), 1) DispatchKernel(const
     FenceProxyAsyncShared();  // zeros are read, and the copiers' stages filled, by bulk copies
     SyncCopyWarps(!kPulls && send_block);
     if (kPulls) {
-      if (send_block && warp == kPublishWarp && met) TellSlots(call);
+      if (send_block && warp == kPublishWarp && met) TellPeers(call, kPosted);  // slots and gates are written
       if (met) Puller(plan, call, shared, copy_stages).Run(zero, dynamic);
       __syncthreads();
-      if (warp == 0) LeavePulled(call, met);
+      if (warp == 0) LeaveLane(call, met);
     } else if (send_block && warp == kPublishWarp) {
       Publish(plan, call, shared, met);
     } else if (met) {

@@ -106,23 +106,4 @@ class Puller {
   uint32_t slotted_ = 0;  // of lane s: the blocks of rank s that IsSlotted has seen
 };
 
-// Tells the peers that this block's slots are written. Called by one whole warp, after a barrier behind those who
-// wrote.
-__device__ __forceinline__ void TellSlots(const Call& call) {
-  const int peer = threadIdx.x % 32;
-  if (!call.Reaches(peer)) return;
-  FenceSys();  // slots and gates before the flag
-  StoreRelaxedSys(&call.Peer(peer)->progress[call.rank][blockIdx.x], call.Tag(kPosted));
-}
-
-// Leaves this block's lane, once all its warps have pulled: nobody's rows are read any more. Called by one whole warp.
-__device__ __forceinline__ void LeavePulled(const Call& call, bool met) {
-  const int peer = threadIdx.x % 32;
-  FenceSys();
-  if (call.Reaches(peer))
-    StoreRelaxedSys(&call.Peer(peer)->progress[call.rank][blockIdx.x], call.Tag(met ? kDone : kGone));
-  __syncwarp();
-  Leave(call, blockIdx.x, blockIdx.x);
-}
-
 }  // namespace jax_ep

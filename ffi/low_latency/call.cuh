@@ -82,10 +82,9 @@ struct BegunWords {
   }
 };
 
-// The begin of nearly every whole call: nothing has failed. False: something has. Few instructions,
-// as each is fetched anew and all of the block waits for them.
-__device__ __forceinline__ bool BeginAtOnce(ArenaCall& call, const LowLatencyParams& params, bool refused,
-                                            Begun* begun) {
+// The begin of nearly every whole call: nothing has failed. False: something has. Few instructions, as each is fetched
+// anew and all of the block waits for them.
+__device__ __forceinline__ bool BeginAtOnce(ArenaCall& call, bool refused, Begun* begun) {
   const BegunWords words(call);
   call.dead = words.dead;
   call.epoch = words.epoch + 1;
@@ -168,7 +167,7 @@ __device__ __forceinline__ ArenaCall BeginArenaCall(const LowLatencyParams& para
   call.ledger = call.Own();
   call.sends = params.half != Half::kDone;
   if (threadIdx.x / 32 == kReader) {
-    const bool begun_at_once = params.half == Half::kBoth && BeginAtOnce(call, params, refused, &begun);
+    const bool begun_at_once = params.half == Half::kBoth && BeginAtOnce(call, refused, &begun);
     if (!begun_at_once) BeginWithCare(call, params, refused, &begun);
   } else {
     meanwhile();

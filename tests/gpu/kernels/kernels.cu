@@ -137,6 +137,16 @@ int Masked() {
   return ok ? 0 : 1;
 }
 
+// A rank's dispatch of a case, with rows and gates of whatever numbers.
+DispatchParams MakeDispatch(const Case& c, Memory& memory, const GroupView* view, const RankRouting& routing) {
+  DispatchParams d = MakeArrays(c, memory, view, false).dispatch;
+  d.topk_idx = memory.Put(routing.topk_idx);
+  d.topk_weights = memory.Make<float>(c.choices(), 0x3c);
+  d.rows[0].x = memory.Make<char>(c.num_tokens * c.row_bytes(), 1);
+  if (c.second_bytes > 0) d.rows[1].x = memory.Make<char>(c.num_tokens * c.second_bytes, 1);
+  return d;
+}
+
 // Says what it begins before it begins, so that of a rank that does not go on the last words name the call.
 int Burst(const std::string& asked) {
   constexpr int kCalls = 23;
@@ -156,11 +166,7 @@ int Burst(const std::string& asked) {
         for (int r = 0; r < 2; ++r) {
           memory.push_back(std::make_unique<Memory>(ranks.device[r]));
           Memory& of = *memory[r];
-          DispatchParams d = MakeArrays(c, of, ranks.group.view(r), false).dispatch;
-          d.topk_idx = of.Put(routing[r].topk_idx);
-          d.topk_weights = of.Make<float>(c.choices(), 0);
-          d.rows[0].x = of.Make<char>(c.num_tokens * c.row_bytes(), 1);
-          if (two) d.rows[1].x = of.Make<char>(c.num_tokens * c.second_bytes, 1);
+          DispatchParams d = MakeDispatch(c, of, ranks.group.view(r), routing[r]);
           if (encodes) {
             d.encoding = {d.rows[0].x, c.dtype, static_cast<int>(Wire::kFp8), static_cast<int>(c.hidden)};
             d.num_row_arrays = 2;
@@ -234,10 +240,7 @@ bool CheckAtDeadline(Layout layout, int pulls) {
   std::vector<DispatchParams> calls;
   for (int r = 0; r < 2; ++r) {
     memory.push_back(std::make_unique<Memory>(ranks.device[r]));
-    calls.push_back(MakeArrays(c, *memory[r], ranks.group.view(r), false).dispatch);
-    calls[r].topk_idx = memory[r]->Put(routing[r].topk_idx);
-    calls[r].topk_weights = memory[r]->Make<float>(c.choices(), 0x3c);
-    calls[r].rows[0].x = memory[r]->Make<char>(c.num_tokens * c.row_bytes(), 1);
+    calls.push_back(MakeDispatch(c, *memory[r], ranks.group.view(r), routing[r]));
     CHECK_CUDA(cudaDeviceSynchronize());
   }
   const int64_t row_bytes = c.capacity * c.row_bytes();
