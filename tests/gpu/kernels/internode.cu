@@ -3,7 +3,8 @@
 //
 //   internode check [seed count]   named and random cases on many shapes of nodes against oracle.h, bitwise, each twice
 //   internode timeout              one rank does not call: the others must say so, and later calls must be right
-//   internode bench                4096 tokens of DeepSeek-V3's layer: time of a call, bytes that leave a rank
+//   internode bench                DeepSeek-V3's layer, 4096 tokens, and 128 and 1 in one hop: time of a call, bytes to
+//                                  other nodes
 //
 // nvcc -O3 -std=c++17 -Iffi -rdc=true -gencode arch=compute_90a,code=sm_90a -o internode tests/gpu/kernels/internode.cu
 //   ffi/internode/internode_{dispatch,combine,barrier}.cu ffi/internode/internode_group.cc ffi/dispatch/dispatch.cu
@@ -12,6 +13,8 @@
 #include <algorithm>
 #include <cstdio>
 #include <cstdlib>
+#include <set>
+#include <string>
 #include <thread>
 
 #include "check.h"
@@ -233,70 +236,107 @@ int Timeout() {
   return ok ? 0 : 1;
 }
 
-// A call's time, back to back, by the slowest rank.
-int Bench() {
-  for (const auto& nodes : {std::vector<int>{0, 1}, std::vector<int>{0, 0}, std::vector<int>{0, 1, 2, 3}}) {
-    const int R = static_cast<int>(nodes.size());
-    if (R > g_num_devices) continue;
-    Case c{"DeepSeek-V3", R, 4096, 8, 256, Layout::kRank, 1, 0, 0, RowDtype::kBfloat16, 7168, 0, true, 0, 0, 24};
-    Finish(c);
-    NodeRanks& ranks = NodeRanks::Of(nodes);
-    const auto routing = Route(c);
-    std::vector<std::unique_ptr<Memory>> memory;
-    std::vector<Arrays> arrays;
-    int64_t leaving = 0;
-    for (int r = 0; r < R; ++r) {
-      memory.push_back(std::make_unique<Memory>(ranks.ranks.device[r]));
-      arrays.push_back(MakeArrays(c, *memory[r], ranks.ranks.group.view(r), true, true));
-      DispatchParams& d = arrays[r].dispatch;
-      d.topk_idx = memory[r]->Put(routing[r].topk_idx);
-      d.rows[0].x = memory[r]->Make<char>(c.num_tokens * c.row_bytes(), 1);
-      d.topk_weights = memory[r]->Make<float>(c.choices(), 0);
-      arrays[r].combine.y = memory[r]->Make<char>(c.capacity * c.row_bytes(), 1);
-      for (int peer = 0; peer < R; ++peer) {
-        for (int t = 0; t < c.num_tokens && r == 0 && peer != 0; ++t) {
-          bool goes = false;
-          for (int k = 0; k < c.num_topk; ++k) {
-            const int slot = routing[0].slot[t * c.num_topk + k];
-            goes |= slot >= 0 && slot / c.capacity == peer;
-          }
-          leaving += goes ? c.row_bytes() : 0;
-        }
+// One rank's bytes that another node's ranks must get, each row once a node, or once a rank: the mean over the ranks.
+double BytesToOtherNodes(const Case& c, const std::vector<RankRouting>& routing, const std::vector<int>& nodes,
+                         bool once_a_rank) {
+  int64_t rows = 0;
+  for (int r = 0; r < c.num_ranks; ++r) {
+    for (int t = 0; t < c.num_tokens; ++t) {
+      std::set<int> places;
+      for (int k = 0; k < c.num_topk; ++k) {
+        const int slot = routing[r].slot[t * c.num_topk + k], rank = slot >= 0 ? slot / c.capacity : r;
+        if (nodes[rank] != nodes[r]) places.insert(once_a_rank ? rank : nodes[rank]);
       }
-      CHECK_CUDA(cudaDeviceSynchronize());
+      rows += static_cast<int64_t>(places.size());
     }
-    for (int num_sms : {12, 24, 48}) {
-      for (const char* what : {"dispatch", "combine"}) {
-        constexpr int kRepeats = 30;
-        std::vector<cudaEvent_t> begin(R), end(R);
-        ranks.ranks.Launch([&](int r, cudaStream_t stream) {
-          CHECK_CUDA(cudaEventCreate(&begin[r]));
-          CHECK_CUDA(cudaEventCreate(&end[r]));
-          for (int i = 0; i < kRepeats + 5; ++i) {
-            if (i == 5) CHECK_CUDA(cudaEventRecord(begin[r], stream));
-            if (what[0] == 'd') {
-              CHECK_CUDA(LaunchInternodeDispatch(arrays[r].dispatch, ranks.views[r], {num_sms, false}, stream));
-            } else {
-              CHECK_CUDA(LaunchInternodeCombine(arrays[r].combine, ranks.views[r], {num_sms, false}, stream));
-            }
-          }
-          return cudaEventRecord(end[r], stream);
-        });
-        if (!ranks.ranks.Wait()) return 1;
-        float slowest = 0;
-        for (int r = 0; r < R; ++r) {
-          float milliseconds = 0;
-          CHECK_CUDA(cudaEventElapsedTime(&milliseconds, begin[r], end[r]));
-          slowest = std::max(slowest, milliseconds);
+  }
+  return static_cast<double>(rows) * static_cast<double>(c.row_bytes()) / c.num_ranks;
+}
+
+// A call's time, back to back, by the slowest rank; prints a line a call and number of multiprocessors.
+bool BenchCase(const std::vector<int>& nodes, Case c, bool direct, const std::vector<int>& sms) {
+  const int R = static_cast<int>(nodes.size());
+  c.num_ranks = R;
+  Finish(c);
+  NodeRanks& ranks = NodeRanks::Of(nodes);
+  const auto routing = Route(c);
+  std::vector<std::unique_ptr<Memory>> memory;
+  std::vector<Arrays> arrays;
+  for (int r = 0; r < R; ++r) {
+    memory.push_back(std::make_unique<Memory>(ranks.ranks.device[r]));
+    arrays.push_back(MakeArrays(c, *memory[r], ranks.ranks.group.view(r), true, true));
+    DispatchParams& d = arrays[r].dispatch;
+    d.topk_idx = memory[r]->Put(routing[r].topk_idx);
+    d.rows[0].x = memory[r]->Make<char>(c.num_tokens * c.row_bytes(), 1);
+    d.topk_weights = memory[r]->Make<float>(c.choices(), 0);
+    CombineParams& p = arrays[r].combine;
+    p.y = memory[r]->Make<char>(c.capacity * c.row_bytes(), 1);
+    p.weights = c.layout == Layout::kRank ? nullptr : memory[r]->Make<float>(c.capacity, 0);
+    CHECK_CUDA(cudaDeviceSynchronize());
+  }
+  for (int num_sms : sms) {
+    for (const char* what : {"dispatch", "dispatch_cached", "combine"}) {
+      constexpr int kRepeats = 30, kWarmUp = 5;
+      const bool combines = what[0] == 'c', cached = what[8] == '_';
+      std::vector<cudaEvent_t> begin(R), end(R);
+      ranks.ranks.Launch([&](int r, cudaStream_t stream) {
+        CHECK_CUDA(cudaEventCreate(&begin[r]));
+        CHECK_CUDA(cudaEventCreate(&end[r]));
+        DispatchParams d = arrays[r].dispatch;
+        if (cached) d.operation = kDispatchCached;
+        for (int i = 0; i < kRepeats + kWarmUp; ++i) {
+          if (i == kWarmUp) CHECK_CUDA(cudaEventRecord(begin[r], stream));
+          const InternodeConfig config{num_sms, direct};
+          CHECK_CUDA(combines ? LaunchInternodeCombine(arrays[r].combine, ranks.views[r], config, stream)
+                              : LaunchInternodeDispatch(d, ranks.views[r], config, stream));
         }
-        const double us = slowest * 1000 / kRepeats;
-        std::printf("%d ranks, %s %s, %d SMs: %.0f us, %.0f GB/s leave a rank\n", R,
-                    nodes[1] != 0 ? "a node each" : "one node", what, num_sms, us, leaving / us / 1000);
-        std::fflush(stdout);
+        return cudaEventRecord(end[r], stream);
+      });
+      if (!ranks.ranks.Wait()) return false;
+      float slowest = 0;
+      for (int r = 0; r < R; ++r) {
+        float milliseconds = 0;
+        CHECK_CUDA(cudaEventElapsedTime(&milliseconds, begin[r], end[r]));
+        slowest = std::max(slowest, milliseconds);
+        CHECK_CUDA(cudaEventDestroy(begin[r]));
+        CHECK_CUDA(cudaEventDestroy(end[r]));
+      }
+      const double us = slowest * 1000 / kRepeats, bytes = BytesToOtherNodes(c, routing, nodes, direct || combines);
+      std::string where;
+      for (int node : nodes) where += std::to_string(node);
+      std::printf("nodes %-8s %5d tokens %-6s %-6s %-15s %3d SMs: %6.1f us, %5.1f GB/s to other nodes\n", where.c_str(),
+                  c.num_tokens, c.layout == Layout::kRank ? "rank" : "expert", direct ? "direct" : "", what, num_sms,
+                  us, bytes / us / 1000);
+      std::fflush(stdout);
+    }
+  }
+  return true;
+}
+
+// Two ranks a GPU where there are fewer GPUs than ranks: as the ranks of a node are taken in turn, those of one GPU are
+// a node, and nodes are joined by NVLink.
+int Bench() {
+  bool ok = true;
+  for (const auto& nodes : {std::vector<int>{0, 1}, std::vector<int>{0, 0}, std::vector<int>{0, 1, 0, 1},
+                            std::vector<int>{0, 0, 1, 1}, std::vector<int>{0, 1, 2, 3}}) {
+    const int R = static_cast<int>(nodes.size());
+    if (R > 2 * g_num_devices) continue;
+    const auto bf16 = RowDtype::kBfloat16;
+    const int capacity = 4096 * 8 * 5 / 4;
+    const Case rank{"", R, 4096, 8, 256, Layout::kRank, 1, 0, 0, bf16, 7168, 0, true, 0, 0};
+    const Case expert{"", R, 4096, 8, 256, Layout::kExpert, 128, 0, capacity, bf16, 7168, 0, true, 0, 0};
+    const bool alone = R <= g_num_devices;
+    ok &= BenchCase(nodes, rank, false, alone ? std::vector<int>{12, 24, 48} : std::vector<int>{24, 48});
+    ok &= BenchCase(nodes, expert, false, {24});
+    for (int tokens : {1, 128}) {
+      for (Case c : {rank, expert}) {
+        c.num_tokens = tokens;
+        c.capacity = c.layout == Layout::kRank ? 0 : tokens * 8 * 5 / 4 + 128 * c.num_experts / R;
+        ok &= BenchCase(nodes, c, true, {24});
       }
     }
   }
-  return 0;
+  return ok ? 0 : 1;
 }
 
 }  // namespace
