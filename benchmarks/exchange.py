@@ -2,6 +2,7 @@
 
     python -m benchmarks.exchange --out benchmarks/results/h200x2-jit.json                       # on a GPU machine
     python -m benchmarks.exchange --processes 1 2 --baselines --out benchmarks/results/h200x2-processes.json   # a process a GPU beside one
+    python -m benchmarks.exchange --processes 2 --ranks-per-node 1 --out benchmarks/results/h200x2-nodes.json    # pretended nodes
     python -m benchmarks.exchange --cpu-devices 8 --cases mixtral-8x7b/decode --layouts expert   # the reference
 
 programs.py has what is run, baselines.py the ways without, traffic.py the byte formula and ceiling, summary.py the schema of a row.
@@ -36,6 +37,7 @@ from benchmarks import ROOT, native, timing, traffic
 from benchmarks.baselines import BASELINES
 from benchmarks.programs import OPERATIONS, Program, Setting, absent, baseline_programs, jax_ep_programs
 from benchmarks.summary import KEYS
+from jax_ep._src import internode
 
 LAYOUTS = ("expert", "rank", "batched")
 MODES = ("high_throughput", "low_latency", "auto")
@@ -91,6 +93,7 @@ def row(
         "experts": case.num_experts,
         "ranks": case.num_ranks,
         "processes": jax.process_count(),
+        **nodes(),
         "gpus": None if on_cpu else case.num_ranks,
         "sms": sms,
         "graph": graph,
@@ -106,6 +109,13 @@ def row(
         "error": error,
         **timing.origin(),
     }
+
+
+def nodes() -> Row:
+    """How the processes are split into pretended nodes, and how rows go from one to another."""
+    told = os.environ.get(internode.RANKS_PER_NODE)
+    asked = os.environ.get(internode.ACROSS_NODES, "stores") if told else None
+    return {"ranks_per_node": int(told) if told else None, "across_nodes": asked}
 
 
 def timed(program: Program, setting: Setting, options: argparse.Namespace) -> tuple[timing.Timing | None, str | None]:
@@ -125,7 +135,7 @@ def measure_case(case: Case, options: argparse.Namespace, graph: bool) -> Iterat
     """All rows of a case, as they are measured, in this process."""
     on_cpu = jax.devices()[0].platform == "cpu"
     # A chain of the reference would share its all_gather, so there a program has one call.
-    calls = options.calls or (1 if on_cpu else 32 if case.num_tokens <= FEW_TOKENS else 8)
+    calls = options.calls or (1 if on_cpu else 64 if case.num_tokens <= FEW_TOKENS else 8)
     setting = Setting.of(case, calls, expert_hidden=options.expert_hidden or (16 if on_cpu else 512))
     in_expert_order = setting.in_layout("expert")
     over = f"skipped: --budget-s {options.budget_s:g} is over"
@@ -159,6 +169,10 @@ def measure_apart(
     """The same in processes of their own; what they measured before they ended badly is kept."""
     flags = os.environ.get("XLA_FLAGS", "")
     environment = os.environ | {"XLA_FLAGS": f"{flags} {GRAPH_FLAGS}".strip() if graph else flags}
+    if num_processes > 1 and options.ranks_per_node:
+        environment[internode.RANKS_PER_NODE] = str(options.ranks_per_node)
+        if options.across_nodes != "stores":
+            environment[internode.ACROSS_NODES] = options.across_nodes
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "rows.json"
         which = ["--only", case.name, str(case.num_tokens), "graph" if graph else "stream", "--out", str(out)]
@@ -323,8 +337,20 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         metavar="N",
         help="that share the devices (default: one has all)",
     )
-    parser.add_argument("--calls", type=int, help="in one program (default: 32 up to 512 tokens, 8 above, 1 on CPU)")
-    parser.add_argument("--programs", type=int, default=2, help="launched in a row for one sample (default 2)")
+    parser.add_argument("--ranks-per-node", type=int, help="so many processes are a node, pretended: NVSHMEM serves")
+    parser.add_argument(
+        "--across-nodes",
+        default="stores",
+        choices=["stores", internode.PUTS, internode.COLLECTIVES],
+        help="how rows go from one pretended node to another (default: by stores over NVLink)",
+    )
+    parser.add_argument("--calls", type=int, help="in one program (default: 64 up to 512 tokens, 8 above, 1 on CPU)")
+    parser.add_argument(
+        "--programs",
+        type=int,
+        default=8,
+        help="launched in a row for one sample (default 8): the host needs some 0.5 ms for the first, then it is ahead",
+    )
     parser.add_argument("--samples", type=int, help="default: 200 up to 512 tokens, 20 above")
     parser.add_argument("--case-budget-s", type=float, default=5, help="seconds for the samples of a row (default 5)")
     parser.add_argument("--budget-s", type=float, default=math.inf, help="seconds after which nothing new is begun")

@@ -44,6 +44,8 @@ KEYS = (
 )
 NULLABLE = (  # null too where a file has no such column
     "p99_us",  # of the same samples as us
+    "ranks_per_node",  # where processes of one host are pretended nodes
+    "across_nodes",  # how rows go from one of them to another: stores, puts, collectives
     "part",  # of decode.py: programs, calls, idle, late, step
     "of",  # what us and its percentiles are of, in words: decode.py
     "clock",  # that they are read from: host, or the GPU's and its resolution

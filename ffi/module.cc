@@ -146,10 +146,11 @@ int64_t CombineLandingBytes(int num_ranks, int num_tokens, int num_topk, int max
 nb::tuple InternodePlanOf(int num_nodes, int ranks_per_node, int num_tokens, int num_topk, int64_t row_bytes,
                           int64_t second_bytes, int num_sms, int num_processes) {
   const int64_t box = jax_ep::BoxBytes(num_processes);
-  const int num_tasks = num_nodes + 1 + num_nodes * ranks_per_node;
-  const jax_ep::Lanes lanes = jax_ep::PlanLanes(num_sms, num_tasks, num_tokens, num_nodes, box);
+  const int num_tasks = jax_ep::DispatchTasksOf(num_nodes, ranks_per_node).count();
+  const int num_rings = jax_ep::DispatchRings(num_nodes, ranks_per_node);
+  const jax_ep::Lanes lanes = jax_ep::PlanLanes(num_sms, num_tasks, num_tokens, num_rings, box);
   const jax_ep::Messages messages =
-      jax_ep::PlanMessages(row_bytes, second_bytes, jax_ep::DispatchHeaderBytes(num_topk), lanes, num_nodes, box);
+      jax_ep::PlanMessages(row_bytes, second_bytes, jax_ep::DispatchHeaderBytes(num_topk), lanes, num_rings, box);
   return nb::make_tuple(lanes.num_blocks, lanes.num_lanes, messages.RingBytes(), messages.slot_bytes,
                         messages.message_bytes, messages.num_pieces, messages.per_chunk);
 }

@@ -1,11 +1,11 @@
 // combine by streams of pieces, and the launcher of both ways: see combine.h for the contract, frame.cuh for the warps'
 // roles, docs/protocol.md for the order of events. combine_rows.cu has the other way.
 //
-// items.cuh has the list of items, sum.cuh the adding.
+// items.cuh has the list of items, terms.cuh what of an item is added, sum.cuh the adding.
 #include "combine/combine_rows.h"
 #include "combine/frame.cuh"
 #include "combine/items.cuh"
-#include "combine/sum.cuh"
+#include "combine/terms.cuh"
 #include "device/wait.cuh"
 
 namespace jax_ep {
@@ -148,14 +148,14 @@ struct Worker {
       const int place = call.rank < source ? call.rank : call.rank - 1;
       target = reinterpret_cast<char*>(shared.address[source][kScratch]) +
                static_cast<int64_t>(place * p.num_tokens + token) * row_bytes;
-      count = row_bytes > 0 ? PutOwnTerms(kStore) : 0;
+      count = row_bytes > 0 ? PutOwnTerms(memory, OwnTerm(), item.weight, kStore) : 0;
     } else {
       if (!came) return;
       const int owner = item.choice >= 0 ? item.choice / p.max_recv_tokens : -1;
       const int row = item.choice - owner * p.max_recv_tokens;
       if (item.group == 0 && p.carried_back != nullptr && lane < p.num_topk) CarryBack(token, owner, row);
       target = p.out + static_cast<int64_t>(token) * row_bytes;
-      count = row_bytes > 0 ? PutSumsOfRanks(owner, token) : 0;
+      count = row_bytes > 0 ? PutSums(owner, token) : 0;
       if (count == 0) {  // a token without rows sums to zero
         for (int offset = begin + lane * 16; offset < end; offset += 512)
           *reinterpret_cast<int4*>(target + offset) = {};
@@ -164,36 +164,18 @@ struct Worker {
     if (count > 0) pipe.Begin(memory, count, target, begin, end);
   }
 
-  // Each of these puts terms of the item into their place and returns how many.
-
-  // The rows here that the lanes' choices name, in lane order; `then` follows the last.
-  __device__ __forceinline__ int PutOwnTerms(uint32_t then) {
+  // The row here that this lane's choice names, or null.
+  __device__ __forceinline__ const char* OwnTerm() const {
     const int row = OwnRow(item);
-    const uint32_t own = __ballot_sync(~0u, row >= 0), lower = own & ((1u << lane) - 1);
-    const int count = __popc(own), at = __popc(lower);
-    if (row >= 0) PutTerm(at, p.y + static_cast<int64_t>(row) * row_bytes, at == count - 1 ? then : 0);
-    return count;
+    return row >= 0 ? p.y + static_cast<int64_t>(row) * row_bytes : nullptr;
   }
 
   // The rows here, whose sum is this rank's, and the sums that peers have pushed.
-  __device__ __forceinline__ int PutSumsOfRanks(int owner, int token) {
-    const uint32_t holders = __reduce_or_sync(~0u, owner >= 0 ? 1u << owner : 0u);
-    const uint32_t peers = holders & ~(1u << call.rank), before = peers & ((1u << call.rank) - 1);
-    // Two sums may be added in either order.
-    const bool sets_aside = before != 0 && (peers & (peers - 1)) != 0;
-    const int num_own = PutOwnTerms((sets_aside ? kSetAside : kRound) | (peers == 0 ? kStore : 0));
-    if (peers >> lane & 1) {
-      const int place = lane < call.rank ? lane : lane - 1;
-      uint32_t then = kOfRank | (peers >> lane == 1 ? kStore : 0);
-      if (sets_aside && num_own > 0 && before >> lane == 1) then |= kTakeBack;
-      PutTerm(num_own + __popc(peers & ((1u << lane) - 1)),
-              p.scratch + static_cast<int64_t>(place * p.num_tokens + token) * row_bytes, then);
-    }
-    return num_own + __popc(peers);
-  }
-
-  __device__ __forceinline__ void PutTerm(int at, const char* row, uint32_t then) {
-    memory.terms[at] = {row, item.weight, then};
+  __device__ __forceinline__ int PutSums(int owner, int token) {
+    const uint32_t peers = __reduce_or_sync(~0u, owner >= 0 ? 1u << owner : 0u) & ~(1u << call.rank);
+    const int place = lane < call.rank ? lane : lane - 1;
+    return PutSumsOfRanks(memory, OwnTerm(), item.weight, call.rank, peers,
+                          p.scratch + static_cast<int64_t>(place * p.num_tokens + token) * row_bytes);
   }
 
   __device__ __forceinline__ void CarryBack(int token, int owner, int row) {

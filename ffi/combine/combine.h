@@ -30,7 +30,7 @@ struct CombineParams {
   const int32_t* recv_slot;  // [R, T, K]
   char* out;                 // [T, H]
   float* carried_back;       // [T, K]: carried of each choice's row; null without carried
-  char* scratch;             // [R - 1, T, H], where the peers put their sums; not with one_row_a_rank
+  char* scratch;             // [R - 1, T, H], where the peers put their sums; not with one_row_a_rank, nor over nodes
 };
 
 struct CombineConfig {

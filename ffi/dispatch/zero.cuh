@@ -97,16 +97,21 @@ __device__ __forceinline__ void WriteZeroRow(const DispatchPlan& plan, const cha
   }
 }
 
-__device__ inline void WriteZeroRows(const DispatchPlan& plan, const ZeroRows& zero, const char* zeros, Taken& taken) {
+// The next of all zero rows that no warp has taken; `range` is that of the ones before. False: there are none.
+__device__ __forceinline__ bool WriteSomeZeroRows(const DispatchPlan& plan, const ZeroRows& zero, const char* zeros,
+                                                  Taken& taken, int* range) {
   constexpr int kRows = 4;  // at once
   const int num_rows = zero.before[zero.num_ranges];
-  int range = 0;
-  for (int64_t first; (first = static_cast<int64_t>(taken.Next()) * kRows) < num_rows;) {
-    for (int i = static_cast<int>(first); i < min(static_cast<int>(first) + kRows, num_rows); ++i) {
-      while (i >= zero.before[range + 1]) ++range;
-      WriteZeroRow(plan, zeros, zero.first[range] + (i - zero.before[range]));
-    }
+  const int64_t first = static_cast<int64_t>(taken.Next()) * kRows;
+  for (int64_t i = first; i < min(first + kRows, static_cast<int64_t>(num_rows)); ++i) {
+    while (i >= zero.before[*range + 1]) ++*range;
+    WriteZeroRow(plan, zeros, zero.first[*range] + (i - zero.before[*range]));
   }
+  return first < num_rows;
+}
+
+__device__ inline void WriteZeroRows(const DispatchPlan& plan, const ZeroRows& zero, const char* zeros, Taken& taken) {
+  for (int range = 0; WriteSomeZeroRows(plan, zero, zeros, taken, &range);) continue;
 }
 
 // A routing from before the mask has rows for masked ranks' tokens too. The warps of the grid share the tokens: this

@@ -1,5 +1,6 @@
-// Rows through shared memory by bulk copies: a warp has a whole row on its way, where registers hold a quarter of one.
-// Neighbours: ring.cuh, whose messages these rows are of; dispatch/pipe.cuh does the same over NVLink.
+// Rows through shared memory by bulk copies, one row being loaded while the one before is stored: a warp always has
+// loads on their way. Neighbours: ring.cuh, whose messages these rows are of; dispatch/pipe.cuh does the same over
+// NVLink.
 #pragma once
 
 #include <cstdint>
@@ -8,7 +9,7 @@
 
 namespace jax_ep {
 
-constexpr int kConveyorStages = 2, kMostStageBytes = 7168;  // twice that is a row of 7168 bf16
+constexpr int kConveyorStages = 4, kMostStageBytes = 3584;  // four times that is a row of 7168 bf16
 
 // Of one warp, all of which calls everything. Who has acquired the source has also made bulk loads wait for that
 // (FenceProxyAsync in lane 0), and likewise whoever knows that the target may be written.
@@ -18,44 +19,59 @@ class Conveyor {
   __device__ Conveyor(char* stages, int stage_bytes, uint64_t* full)
       : stages_(stages), stage_bytes_(stage_bytes), full_(full) {}
 
-  // Begins to load `num_bytes`; ends by Finish, before the next Begin.
+  // Begins to load `num_bytes`. At most one row more than those that Finish has stored.
   __device__ __forceinline__ void Begin(const char* source, int64_t num_bytes) {
-    source_ = source, num_bytes_ = num_bytes, loaded_ = 0;
-    for (int i = 0; i < kConveyorStages; ++i) Load();
+    if (load_left_ > 0) {
+      next_source_ = source, next_left_ = num_bytes;
+    } else {
+      load_source_ = source, load_left_ = num_bytes;
+    }
+    while (loaded_ < kConveyorStages - 1 && load_left_ > 0) Load();
   }
-  // Stores them at each lane's `target`, if that is not null: under way when this returns, for WaitBulkDone.
-  __device__ __forceinline__ void Finish(char* target) {
-    for (int64_t stored = 0; stored < num_bytes_; stored += stage_bytes_) {
+  // Stores the row whose turn it is at each lane's `target`, if that is not null: under way when this returns, for
+  // WaitBulkDone, in a bulk group a stage.
+  __device__ __forceinline__ void Finish(char* target, int64_t num_bytes) {
+    for (int64_t stored = 0; stored < num_bytes; stored += stage_bytes_) {
       WaitMbarrier(full_ + out_, parity_);
-      if (target != nullptr) BulkStore(target + stored, stages_ + out_ * stage_bytes_, Size(stored));
+      const auto size = static_cast<uint32_t>(min(static_cast<int64_t>(stage_bytes_), num_bytes - stored));
+      if (target != nullptr) BulkStore(target + stored, stages_ + out_ * stage_bytes_, size);
       CommitBulkGroup();
       if (++out_ == kConveyorStages) out_ = 0, parity_ ^= 1;
-      Load();
+      --loaded_;
+      if (load_left_ > 0) Load();
+    }
+  }
+  // Forgets what has begun. Nothing may land in shared memory after the block has gone.
+  __device__ __forceinline__ void Drop() {
+    load_left_ = next_left_ = 0;
+    for (; loaded_ > 0; --loaded_) {
+      WaitMbarrier(full_ + out_, parity_);
+      if (++out_ == kConveyorStages) out_ = 0, parity_ ^= 1;
     }
   }
 
  private:
-  __device__ __forceinline__ uint32_t Size(int64_t begin) const {
-    return static_cast<uint32_t>(min(static_cast<int64_t>(stage_bytes_), num_bytes_ - begin));
-  }
+  // The next stage's bytes. It was stored from before the newest group at the latest.
   __device__ __forceinline__ void Load() {
-    if (loaded_ >= num_bytes_) return;
-    WaitBulkRead<0>();  // every lane's stores have left the stage that is filled now
+    WaitBulkRead<1>();
     __syncwarp();
+    const auto size = static_cast<uint32_t>(min(static_cast<int64_t>(stage_bytes_), load_left_));
     if (threadIdx.x % 32 == 0) {
-      ExpectBytes(full_ + in_, Size(loaded_));
-      BulkLoad(stages_ + in_ * stage_bytes_, source_ + loaded_, Size(loaded_), full_ + in_);
+      ExpectBytes(full_ + in_, size);
+      BulkLoad(stages_ + in_ * stage_bytes_, load_source_, size, full_ + in_);
     }
     if (++in_ == kConveyorStages) in_ = 0;
-    loaded_ += stage_bytes_;
+    ++loaded_;
+    load_source_ += size, load_left_ -= size;
+    if (load_left_ == 0) load_source_ = next_source_, load_left_ = next_left_, next_left_ = 0;
   }
 
-  char* const stages_;
-  const int stage_bytes_;
-  uint64_t* const full_;
-  const char* source_ = nullptr;
-  int64_t num_bytes_ = 0, loaded_ = 0;
-  int in_ = 0, out_ = 0;
+  char* stages_;
+  int stage_bytes_;
+  uint64_t* full_;
+  const char *load_source_ = nullptr, *next_source_ = nullptr;  // what is loaded, and after that
+  int64_t load_left_ = 0, next_left_ = 0;
+  int in_ = 0, out_ = 0, loaded_ = 0;  // stages; how many are loaded and not stored
   uint32_t parity_ = 0;
 };
 

@@ -4,7 +4,8 @@
 //   dispatch   a token's row crosses the network once a node, to the rank of its source's local index there; the ranks
 //              of that node read it from that rank's inbox
 //   combine    each rank's sum of a token goes to the rank of the token's local index on its own node, from there over
-//              the network to the token's rank, which adds the sums in rank order
+//              the network to the token's rank, which adds the sums in rank order. Where NVLink reaches all ranks,
+//              straight to that rank
 //
 // The kernels are jax_ep._internode, a module of its own that is loaded where nodes must talk: it links NVSHMEM. The
 // handlers are in jax_ep._core and call them through InternodeKernels.
@@ -23,7 +24,7 @@ struct InternodeConfig {
   bool direct = false;  // every rank counts as a node: one hop, more rows over the network. For few tokens
 };
 
-// The combine's scratch is [min(K, R), T, H] here: a token's sums, of the ranks that have rows of it, in rank order.
+// The combine has no scratch here.
 struct InternodeKernels {
   // Loads the kernels on the current device, so that their first launch allocates nothing.
   cudaError_t (*load)();

@@ -1,7 +1,6 @@
 // The XLA FFI handlers of calls over nodes: operands, results and checks are those of dispatch/operands.h,
-// combine/operands.h and group/barrier_ffi.cc; `direct` chooses one hop instead of two (internode.h). The combine has a
-// scratch of min(K, R) results in every layout. The kernels are jax_ep._internode's.
-#include <algorithm>
+// combine/operands.h and group/barrier_ffi.cc; `direct` chooses one hop instead of two (internode.h). The combine has
+// no scratch. The kernels are jax_ep._internode's.
 #include <cstdint>
 
 #include "combine/operands.h"
@@ -66,12 +65,7 @@ ffi::Error Combine(cudaStream_t stream, int32_t device, ffi::RunId run, ffi::Spa
                    ffi::RemainingRets rets) {
   CombineParams p{};
   const CombineAttributes attributes{one_row_a_rank, max_recv_tokens, has_rows, has_weights, has_carried};
-  const size_t num_moved = has_rows + has_weights + has_carried;
-  if (args.size() <= num_moved) return InvalidArgument("combine", "unexpected number of operands or results");
-  const int64_t num_topk = args.get<ffi::AnyBuffer>(num_moved)->dimensions()[1];  // of slot, [T, K]
-  if (ffi::Error error = ReadCombineOperands(attributes, std::min(num_topk, num_ranks), args, rets, &p);
-      error.failure())
-    return error;
+  if (ffi::Error error = ReadCombineOperands(attributes, 0, args, rets, &p); error.failure()) return error;
   if (!CombineFits(p, static_cast<int>(num_ranks)))
     return InvalidArgument("combine", "the kernel does not take this shape");
   Member member;

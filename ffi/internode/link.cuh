@@ -8,11 +8,10 @@
 
 namespace jax_ep {
 
-__device__ __forceinline__ bool IsNear(const InternodeView& view, int rank, int peer) {
-  return view.nodes.node[rank] == view.nodes.node[peer];
-}
+// Whether stores reach that rank's room: it is on this node, or NVLink goes beyond.
+__device__ __forceinline__ bool IsMapped(const InternodeView& view, int peer) { return view.room_of[peer] != nullptr; }
 
-// What is at `own` in this rank's room, in the room of a rank on the same node.
+// What is at `own` in this rank's room, in the room of a rank that is mapped here.
 template <class T>
 __device__ __forceinline__ T* In(const InternodeView& view, int peer, T* own) {
   return reinterpret_cast<T*>(reinterpret_cast<char*>(view.room_of[peer]) +
@@ -25,9 +24,8 @@ __device__ __forceinline__ char* Inbox(const InternodeView& view) {
 __device__ __forceinline__ char* Outbox(const InternodeView& view) { return Inbox(view) + view.box_bytes; }
 
 // Stores `value` into `flag` of `peer`; by one thread, after a system fence.
-__device__ __forceinline__ void Signal(const Call& call, const InternodeView& view, int peer, uint64_t* flag,
-                                       uint64_t value) {
-  if (IsNear(view, call.rank, peer)) {
+__device__ __forceinline__ void Signal(const InternodeView& view, int peer, uint64_t* flag, uint64_t value) {
+  if (IsMapped(view, peer)) {
     StoreRelaxedSys(In(view, peer, flag), value);
   } else {
     SignalOverNetwork(view, peer, flag, value);
@@ -100,7 +98,7 @@ __device__ __forceinline__ bool MeetOverNodes(const Call& call, const InternodeV
   if (peer < 32) {
     if (blockIdx.x == 0 && peer < call.num_ranks) {
       FenceSys();
-      Signal(call, view, peer, &view.room->post[call.parity][call.rank][0], call.Tag(kPosted));
+      Signal(view, peer, &view.room->post[call.parity][call.rank][0], call.Tag(kPosted));
     }
     __syncwarp();
     if (peer < call.num_ranks)
@@ -123,7 +121,7 @@ __device__ __forceinline__ void EndOverNodes(const Call& call, const InternodeVi
       StoreRelaxedSys(gone, first);
     } else if (peer < call.num_ranks) {
       FenceSys();
-      Signal(call, view, peer, gone, first);
+      Signal(view, peer, gone, first);
     }
   }
   EndCall(call);

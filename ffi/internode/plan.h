@@ -28,7 +28,45 @@ struct Messages {
 // A lane is a part of all tokens, with rings of its own and a warp for each of its tasks.
 struct Lanes {
   int num_blocks, num_lanes, num_tasks;  // tasks of a lane
+  bool few_tokens;                       // of each
+
+  static constexpr int kFewTokens = 2;
 };
+
+// Of a lane of a dispatch: a sender for each other node, and for the own one if others are on it, as many announcers,
+// and a reader for each other rank. Rows that stay are no task of a lane: all warps share them.
+struct DispatchTasks {
+  int senders, announcers, readers;
+
+  __host__ __device__ int count() const { return senders + announcers + readers; }
+};
+inline DispatchTasks DispatchTasksOf(int num_nodes, int ranks_per_node) {
+  const int neighbours = ranks_per_node > 1 ? 1 : 0;
+  return {num_nodes - 1 + neighbours, neighbours, num_nodes * ranks_per_node - 1};
+}
+
+// Rings of a lane in a box of a dispatch: one a node, but for the own one if no others are on it.
+inline int DispatchRings(int num_nodes, int ranks_per_node) {
+  return std::max(ranks_per_node > 1 ? num_nodes : num_nodes - 1, 1);
+}
+
+// Of a lane of a combine: a sender for each other rank, a relay where ranks send through others, and adders, each of
+// its part of the columns: as many as there are ranks, whose rows they add, unless rows are short; one where that gives
+// every token a lane of its own.
+struct CombineTasks {
+  int senders, relays, adders;
+
+  __host__ __device__ int count() const { return senders + relays + adders; }
+};
+inline CombineTasks CombineTasksOf(int num_nodes, int ranks_per_node, bool all_mapped, int num_tokens,
+                                   int64_t row_bytes) {
+  constexpr int64_t kLeastAdderBytes = 2048;
+  const int num_ranks = num_nodes * ranks_per_node;
+  const bool through_others = !all_mapped && num_nodes > 1 && ranks_per_node > 1;
+  const int most = num_ranks == 2 && num_tokens <= kMaxInternodeLanes ? 1 : kMaxAdders;
+  const int64_t adders = std::min<int64_t>({num_ranks, most, row_bytes / kLeastAdderBytes});
+  return {num_ranks - 1, through_others ? 1 : 0, static_cast<int>(std::max<int64_t>(adders, 1))};
+}
 
 // Bytes in front of a dispatch's rows: {token, piece}, and of each choice slot, expert and gate.
 constexpr int64_t DispatchHeaderBytes(int num_topk) { return 16 + 12ll * num_topk; }
@@ -38,16 +76,18 @@ inline int64_t PadTo128(int64_t bytes) { return (bytes + 127) / 128 * 128; }
 // A warp for each task of a lane; but not so many lanes that slots become small.
 inline Lanes PlanLanes(int num_sms, int num_tasks, int num_tokens, int rings_per_lane, int64_t box_bytes) {
   const int num_blocks = std::max(std::max(num_sms, 1), (num_tasks + kTaskWarps - 1) / kTaskWarps);
+  if (num_tasks == 0) return {num_blocks, 0, 1, true};
   const int64_t with_room = box_bytes / (rings_per_lane * kSlots * kLeastSlotBytes);
   const int64_t most = std::min<int64_t>({num_blocks * kTaskWarps / num_tasks, kMaxInternodeLanes, num_tokens});
-  return {num_blocks, static_cast<int>(std::max<int64_t>(std::min(most, with_room), 1)), num_tasks};
+  const int num_lanes = static_cast<int>(std::max<int64_t>(std::min(most, with_room), 1));
+  return {num_blocks, num_lanes, num_tasks, num_tokens <= num_lanes * Lanes::kFewTokens};
 }
 
 // A box is shared out evenly: over lanes, rings and slots.
 inline Messages PlanMessages(int64_t row_bytes, int64_t second_bytes, int64_t header_bytes, const Lanes& lanes,
                              int rings_per_lane, int64_t box_bytes) {
   Messages messages;
-  const int64_t per_slot = box_bytes / (static_cast<int64_t>(lanes.num_lanes) * rings_per_lane * kSlots);
+  const int64_t per_slot = box_bytes / (std::max<int64_t>(lanes.num_lanes, 1) * rings_per_lane * kSlots);
   messages.slot_bytes = std::min(per_slot / 128 * 128, kMostChunkBytes);
   messages.header_bytes = static_cast<int>(PadTo128(header_bytes));
   const int64_t limit = messages.slot_bytes - kChunkHeaderBytes - messages.header_bytes;

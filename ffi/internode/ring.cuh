@@ -10,6 +10,7 @@
 #include "combine/vector.cuh"
 #include "internode/link.cuh"
 #include "internode/plan.h"
+#include "internode/publisher.cuh"
 
 namespace jax_ep {
 
@@ -32,91 +33,144 @@ struct LaneTokens {
 
 // Where a stream of chunks goes. Addresses are those of the own room.
 struct Stream {
-  char* ring;       // what this warp writes: in the own room, or mapped from a rank of the node
-  char* far_ring;   // to which it is then put, or null
-  int to;           // the rank that is told
-  uint64_t* told;   // [kSlots] there
-  uint64_t* freed;  // reader i's [kSlots] begin at freed + readers[i] * kSlots
+  char* ring;      // what this warp writes: in the own room, or mapped from a rank of the node
+  char* far_ring;  // to which it is then put, or null
+  int to;          // the rank that is told
+  uint64_t* told;  // [kSlots] there
+  // Part j of reader i tells in freed[j][lane][readers[i]][slot].
+  SlotFlags* freed;
   const uint8_t* readers;
-  int num_readers;
-  int lane;  // that an error names
+  int num_readers, num_parts;
+  int lane;
 };
 
-// The writing end of a ring; one whole warp.
+// How messages are written: by stores; or by bulk copies, in at least so many groups each.
+enum class Written { kByStores, kByAnyGroups, kByOneGroup, kByTwoGroups, kByFourGroups };
+
+// The writing end of a ring; one whole warp. Messages are reserved ahead and added in the same order.
 class Outgoing {
  public:
-  __device__ Outgoing(const Call& call, const InternodeView& view, const Messages& messages, const Stream& stream)
-      : call_(call), view_(view), messages_(messages), stream_(stream) {}
+  __device__ __forceinline__ Outgoing(const Call& call, const InternodeView& view, const Messages& messages,
+                                      const Stream& stream, Written written, Poster& poster)
+      : call_(call), view_(view), messages_(messages), stream_(stream), written_(written), poster_(poster) {}
+
+  // Whether Next would return at once.
+  __device__ __forceinline__ bool HasRoom() {
+    if (chunk_ < admitted_) return true;
+    const int lane = threadIdx.x % 32;
+    bool read = true;
+    if (lane < NumFlags()) read = Reached(call_, LoadAcquireSys(Freed(lane)), chunk_ - kSlots + 1);
+    read = __all_sync(~0u, read);
+    if (read) Admit();
+    return read;
+  }
 
   // Where the next message is to be written; null: its slot will not be read.
-  __device__ char* Next() {
-    if (count_ == 0 && chunk_ >= kSlots) {
-      if (!AwaitRead(chunk_ - kSlots)) return nullptr;
-      FenceProxyAsync();  // bulk copies may write it too
+  __device__ __forceinline__ char* Next() {
+    if (!HasRoom()) {
+      Flush();  // who reads it may have to, before there is room
+      if (!AwaitRoom()) return nullptr;
     }
-    return Slot(stream_.ring) + messages_.ChunkBytes(count_);
+    char* const place = Slot(stream_.ring, chunk_) + messages_.ChunkBytes(count_);
+    if (++count_ == messages_.per_chunk) count_ = 0, ++chunk_;
+    return place;
   }
 
-  // It has been written.
-  __device__ void Add() {
-    if (++count_ == messages_.per_chunk) Send(false);
+  // The first of those that were reserved and not added has been written, or its bulk copies are under way. Then its
+  // chunk is sent when the next message is: the copies are complete by then.
+  __device__ __forceinline__ void Add() {
+    if (full_) {
+      if (written_ == Written::kByAnyGroups) WaitBulkDone<0>();
+      if (written_ == Written::kByOneGroup) WaitBulkDone<1>();
+      if (written_ == Written::kByTwoGroups) WaitBulkDone<2>();
+      if (written_ == Written::kByFourGroups) WaitBulkDone<4>();
+      Send(false);
+    }
+    full_ = ++added_ == messages_.per_chunk;
+    if (full_ && written_ == Written::kByStores) Send(false);
   }
 
-  // Sends what is left, and waits until all has been read: so at the end of a call no put is under way.
-  __device__ void Finish() {
-    if (count_ == 0 && chunk_ >= kSlots && !AwaitRead(chunk_ - kSlots)) return;
+  // Sends what is left, and waits until all has been read: so at the end of a call no put is under way. All that were
+  // reserved have been added.
+  __device__ __forceinline__ void Finish() {
+    Flush();
+    if (!AwaitRoom()) return;
+    WaitBulkDone<0>();
     Send(true);
-    for (uint32_t chunk = chunk_ > kSlots ? chunk_ - kSlots : 0; chunk < chunk_; ++chunk) {
-      if (!AwaitRead(chunk)) return;
+    for (chunk_ = max(sent_, admitted_); chunk_ < sent_ + kSlots; ++chunk_) {
+      if (!AwaitRoom()) return;
     }
   }
 
  private:
-  __device__ char* Slot(char* ring) const { return ring + chunk_ % kSlots * messages_.slot_bytes; }
-
-  __device__ bool AwaitRead(uint32_t chunk) {
-    const int lane = threadIdx.x % 32;
-    bool read = true;
-    if (lane < stream_.num_readers) {
-      const int reader = stream_.readers[lane];
-      read = AwaitOverNodes<false>(call_, view_, stream_.freed + reader * kSlots + chunk % kSlots, chunk + 1, kRows,
-                                   reader, stream_.lane);
-    }
-    read = __all_sync(~0u, read);
-    __syncwarp();  // each lane acquired for all
-    return read;
+  __device__ char* Slot(char* ring, uint32_t chunk) const { return ring + chunk % kSlots * messages_.slot_bytes; }
+  // The flags that chunk_ waits for: of each reader's parts.
+  __device__ __forceinline__ int NumFlags() const { return stream_.num_readers * stream_.num_parts; }
+  __device__ __forceinline__ int Reader(int i) const { return stream_.readers[i % stream_.num_readers]; }
+  __device__ __forceinline__ uint64_t* Freed(int i) const {
+    return &stream_.freed[i / stream_.num_readers][stream_.lane][Reader(i)][chunk_ % kSlots];
   }
 
-  __device__ void Send(bool is_last) {
-    WaitBulkDone<0>();  // rows that bulk copies write, before the fence
-    if (threadIdx.x % 32 == 0) *reinterpret_cast<int4*>(Slot(stream_.ring)) = make_int4(count_, is_last, 0, 0);
-    __syncwarp();
-    FenceSys();  // all lanes' messages before the flag, or before the put reads them
-    uint64_t* const told = stream_.told + chunk_ % kSlots;
+  // Waits until the chunk that was in this one's slot has been read.
+  __device__ __forceinline__ bool AwaitRoom() {
+    if (chunk_ < admitted_) return true;
+    const int lane = threadIdx.x % 32;
+    bool read = true;
+    if (lane < NumFlags())
+      read = AwaitOverNodes<false>(call_, view_, Freed(lane), chunk_ - kSlots + 1, kRows, Reader(lane), stream_.lane);
+    read = __all_sync(~0u, read);
+    if (read) Admit();
+    return read;
+  }
+  __device__ __forceinline__ void Admit() {
+    __syncwarp();  // each lane acquired for all
+    admitted_ = chunk_ + 1;
+    if (written_ != Written::kByStores && threadIdx.x % 32 == 0) FenceProxyAsync();  // lane 0 begins the bulk copies
+  }
+
+  // Sends a chunk that is full and has not been sent.
+  __device__ __forceinline__ void Flush() {
+    if (!full_) return;
+    WaitBulkDone<0>();
+    Send(false);
+  }
+
+  __device__ __forceinline__ void Send(bool is_last) {
+    const int lane = threadIdx.x % 32;
+    char* const slot = Slot(stream_.ring, sent_);
+    const int count = full_ ? messages_.per_chunk : added_;
+    const uint64_t tag = call_.Tag(sent_ + 1);
+    uint64_t* const told = stream_.told + sent_ % kSlots;
+    if (lane == 0) *reinterpret_cast<int4*>(slot) = make_int4(count, is_last, 0, 0);
     if (stream_.far_ring != nullptr) {
-      PutAndSignal(view_, stream_.to, Slot(stream_.far_ring), Slot(stream_.ring), messages_.ChunkBytes(count_), told,
-                   call_.Tag(chunk_ + 1));
-    } else if (threadIdx.x % 32 == 0) {
-      StoreRelaxedSys(In(view_, stream_.to, told), call_.Tag(chunk_ + 1));
+      __syncwarp();
+      FenceSys();  // all lanes' messages before the put reads them
+      PutAndSignal(view_, stream_.to, Slot(stream_.far_ring, sent_), slot, messages_.ChunkBytes(count), told, tag);
+      __syncwarp();
+    } else {
+      poster_.Post(lane == 0, stream_.to, told, tag);
     }
-    __syncwarp();
-    ++chunk_;
-    count_ = 0;
+    ++sent_;
+    if (full_) full_ = false, added_ = 0;
   }
 
   const Call& call_;
   const InternodeView& view_;
   const Messages& messages_;
   const Stream stream_;
-  uint32_t chunk_ = 0;
-  int count_ = 0;
+  const Written written_;
+  Poster& poster_;
+  uint32_t chunk_ = 0, sent_ = 0, admitted_ = kSlots;  // chunks reserved, sent; that may be begun
+  int count_ = 0, added_ = 0;                          // messages reserved of the one, added of the other
+  bool full_ = false;                                  // chunk sent_ has all its messages
 };
 
 // Reads all chunks of a ring that lies at `ring`, mapped here, as `flags` (in the own room, [kSlots]) say that they are
-// there; `take` gets each message; then the writer `source` is told. One whole warp. False: some did not come.
+// there; `take` gets a chunk's messages, the first and their number; then the writer `source` is told. One whole warp.
+// False: some did not come.
 template <class Take>
 __device__ bool ReadChunks(const Call& call, const InternodeView& view, const Messages& messages, const char* ring,
-                           uint64_t* flags, int source, int lane_number, const Take& take) {
+                           uint64_t* flags, int source, int lane_number, Poster& poster, const Take& take) {
   const int lane = threadIdx.x % 32;
   for (uint32_t chunk = 0;; ++chunk) {
     const int slot = static_cast<int>(chunk % kSlots);
@@ -128,12 +182,8 @@ __device__ bool ReadChunks(const Call& call, const InternodeView& view, const Me
     __syncwarp();                      // lane 0 acquired for all
     const char* const place = ring + slot * messages.slot_bytes;
     const int4 head = LoadRow(place);
-    for (int i = 0; i < head.x; ++i) take(place + messages.ChunkBytes(i));
-    __syncwarp();
-    FenceSys();  // all lanes' loads before the writer may write again
-    if (lane == 0) {
-      Signal(call, view, source, &view.room->freed[lane_number][call.rank][slot], call.Tag(chunk + 1));
-    }
+    take(place + messages.ChunkBytes(0), head.x);
+    poster.Post(lane == 0, source, &view.room->freed[0][lane_number][call.rank][slot], call.Tag(chunk + 1));
     if (head.y != 0) return true;
   }
 }

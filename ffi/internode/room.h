@@ -11,8 +11,9 @@
 
 namespace jax_ep {
 
-constexpr int kSlots = 4;               // chunks that a ring holds
-constexpr int kMaxInternodeLanes = 96;  // rings between two ends
+constexpr int kSlots = 4;                // chunks that a ring holds
+constexpr int kMaxInternodeLanes = 128;  // rings between two ends
+constexpr int kMaxAdders = 4;            // warps that add what comes in one lane's rings
 constexpr int64_t kBoxBytesPerRank = 2 << 20;
 constexpr int64_t kLeastSlotBytes = 32768, kMostChunkBytes = 65536;
 
@@ -23,10 +24,10 @@ using SlotFlags = uint64_t[kMaxInternodeLanes][kMaxRanks][kSlots];
 struct Room : Window {
   alignas(128) uint64_t gone[kMaxRanks];  // last call that failed there: it takes part in none after it
   alignas(
-      128) SlotFlags arrived;  // a chunk lies in this rank's inbox; dispatch: by node of the source, combine: by rank
-  SlotFlags announced;         // dispatch: a chunk of that source lies in the inbox of its rail's rank
-  SlotFlags transit;           // combine: a chunk lies in this rank's outbox, to be sent on; by stream
-  SlotFlags freed;             // that reader has read a chunk of this rank's
+      128) SlotFlags arrived;   // a chunk lies in this rank's inbox; dispatch: by node of the source, combine: by rank
+  SlotFlags announced;          // dispatch: a chunk of that source lies in the inbox of its rail's rank
+  SlotFlags transit;            // combine: a chunk lies in this rank's outbox, to be sent on; by stream
+  SlotFlags freed[kMaxAdders];  // that reader has read a chunk of this rank's; combine: its adders, each its columns
   alignas(128) int32_t outgoing[2][kMaxSendBlocks][kMaxBins];  // counts on their way
 };
 
@@ -51,8 +52,9 @@ struct InternodeView {
   Nodes nodes;
   Room* room;  // this rank's
   int64_t box_bytes;
-  Room* room_of[kMaxRanks];  // where a rank's room is mapped here; null where it is not: on another node
-  int32_t pe[kMaxRanks];     // NVSHMEM's number of a rank
+  // Where a rank's room is mapped here: every rank's of this node, and of the others all or none (null).
+  Room* room_of[kMaxRanks];
+  int32_t pe[kMaxRanks];  // NVSHMEM's number of a rank
 };
 
 }  // namespace jax_ep

@@ -348,7 +348,7 @@ def _call_combine(
     *moved, slot, recv_slot, _ = operands
     num_scratch = 0 if routing.layout == "rank" else routing.num_ranks - 1
     if over_nodes:
-        num_scratch = min(routing.num_topk, routing.num_ranks)
+        num_scratch = 0
         row_bytes = sum(_row_bytes(row) for row in ctx.avals_in[: int(has_rows)])
         attributes |= _int64(direct=_wants_low_latency(routing, row_bytes))
     if has_rows and num_scratch > 0:

@@ -3,8 +3,9 @@
 `initialize` calls `exchange`: where processes lie on several nodes, all of them load NVSHMEM and the kernels that link it
 (jax_ep._internode), and allocate rooms for `config.max_groups` groups, at the same place in each. So making a group while a
 program is lowered needs no other process. On one node nothing of this is imported. A node is a host; the variable
-JAX_EP_RANKS_PER_NODE splits a host's processes into pretended ones, for tests. Neighbours: peers.py is the same inside a
-host, group.py asks, ffi/internode/ has the kernels and room.h the memory.
+JAX_EP_RANKS_PER_NODE splits a host's processes into pretended ones, for tests. Where NVLink
+goes from node to node (all of a pretended host, and racks of it) the kernels store into all rooms. Neighbours: peers.py is the same
+inside a host, group.py asks, ffi/internode/ has the kernels and room.h the memory.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from jax_ep._src.config import config
 
 RANKS_PER_NODE = "JAX_EP_RANKS_PER_NODE"
 ACROSS_NODES = "JAX_EP_ACROSS_NODES"
+COLLECTIVES, PUTS = "collectives", "puts"  # its values: XLA's collectives serve; rows are put over the network wherever they go
 OLDEST, TOO_NEW = (3, 4, 5), (3, 7, 0)  # 3.7 grew the state that kernels share with the host library
 INSTALL = (
     "Install it in every process with pip install 'jax_ep[nvshmem]' (nvshmem4py-cu13 and nvidia-nvshmem-cu13>=3.4.5,<3.7), or "
@@ -173,6 +175,20 @@ def split(hosts: Sequence[str], ranks_per_node: int | None) -> list[int]:
     return nodes
 
 
+def asked_for() -> str | None:
+    """How groups over nodes are to be served, by the environment; None where that is left to jax_ep.
+
+    Raises:
+      RuntimeError: it is neither "collectives" nor "puts".
+    """
+    told = os.environ.get(ACROSS_NODES)
+    if told not in (None, COLLECTIVES, PUTS):
+        raise RuntimeError(
+            f"initialize: {ACROSS_NODES} must be {COLLECTIVES!r} or {PUTS!r}, got {told!r}. Unset it to have jax_ep choose."
+        )
+    return told
+
+
 # ---- what the processes share ----------------------------------------------------------------------------------------
 
 
@@ -183,7 +199,7 @@ class World:
     nodes: list[int]  # of each process
     collectives: bool  # somebody has asked that XLA's serve
     why_not: str | None  # why the kernels cannot
-    rooms: dict[int, int]  # by process, where its rooms are mapped here
+    rooms: dict[int, int]  # by process, where its rooms are mapped here: this node's, and all others' or none
     box_bytes: int
     room_bytes: int
     max_groups: int
@@ -215,12 +231,12 @@ def exchange(
 
     Raises:
       RuntimeError: processes did not come within `jax_ep.config.timeout` seconds (they are named), or were told different
-        nodes. That NVSHMEM is missing is no error yet: the first program that needs it says so.
+        nodes, or one what there is not. That NVSHMEM is missing is no error yet: the first program that needs it says so.
     """
     global _world, _transport
     if _world is not None:
         return _world
-    mine = [descriptors.host(), ranks_per_node(), os.environ.get(ACROSS_NODES) == "collectives"]
+    mine = [descriptors.host(), ranks_per_node(), asked_for()]
     told = coordination.gather(client, "nodes", mine, me, num_processes)
     if len({pretended for _, pretended, _ in told}) > 1:
         raise RuntimeError(
@@ -231,7 +247,8 @@ def exchange(
         return None
     if len({host for host, _, _ in told}) == 1:
         os.environ.setdefault("NVSHMEM_REMOTE_TRANSPORT", "none")
-    collectives = any(asked for _, _, asked in told)
+    asked = {asked for _, _, asked in told}
+    collectives = COLLECTIVES in asked
     box, room = targets.box_bytes(num_processes), targets.room_bytes(num_processes)
     rooms: dict[int, int] = {}
     why_not = None
@@ -249,7 +266,11 @@ def exchange(
                 )
             except Exception as error:  # told to all, who would wait
                 failure = str(error)
-            why_not = _first_reason(coordination.gather(client, "nvshmem ready", failure, me, num_processes))
+            ready = coordination.gather(client, "nvshmem ready", [failure, len(rooms)], me, num_processes)
+            why_not = _first_reason([failure for failure, _ in ready])
+            # Ranks send through each other, so all must know alike whether stores reach the other nodes.
+            if PUTS in asked or any(mapped < num_processes for _, mapped in ready):
+                rooms = {process: address for process, address in rooms.items() if nodes[process] == nodes[me]}
     _world = World(nodes, collectives, why_not, rooms, box, room, config.max_groups)
     return _world
 
@@ -259,18 +280,19 @@ def _first_reason(reasons: Sequence[str | None]) -> str | None:
 
 
 def _set_up(transport: Transport, identity: bytes, me: int, nodes: list[int], num_bytes: int) -> dict[int, int]:
-    """Where the rooms of each process on this one's node are mapped here."""
+    """Where the rooms of each process are mapped here, if they are: those on this one's node must be."""
     transport.initialize(identity, me, len(nodes))
     address = transport.allocate(num_bytes)
     rooms = {}
     for process, node in enumerate(nodes):
-        if node == nodes[me]:
-            rooms[process] = address if process == me else transport.mapped(address, process)
-            if rooms[process] == 0:
-                raise RuntimeError(
-                    f"process {process} is on the same node, and its memory is not mapped: no peer access, or "
-                    "CUDA_VISIBLE_DEVICES hides its GPU"
-                )
+        mapped = address if process == me else transport.mapped(address, process)
+        if mapped != 0:
+            rooms[process] = mapped
+        elif node == nodes[me]:
+            raise RuntimeError(
+                f"process {process} is on the same node, and its memory is not mapped: no peer access, or "
+                "CUDA_VISIBLE_DEVICES hides its GPU"
+            )
     return rooms
 
 
@@ -316,4 +338,5 @@ def describe() -> str:
         return f"{num_nodes} nodes, served by XLA's collectives: {ACROSS_NODES} asks for it"
     if _world.why_not:
         return f"{num_nodes} nodes, not served: {_world.why_not}"
-    return f"{num_nodes} nodes, served by NVSHMEM; {_world.max_groups * _world.room_bytes / 2**20:.0f} MiB a process"
+    by = "NVLink in NVSHMEM's memory" if len(_world.rooms) == len(_world.nodes) else "NVSHMEM"
+    return f"{num_nodes} nodes, served by {by}; {_world.max_groups * _world.room_bytes / 2**20:.0f} MiB a process"

@@ -27,8 +27,8 @@ from jax_ep._src import coordination, internode, targets
 class Pretended:
     """An NVSHMEM of numbers: memory of process p begins at 2^40 (1 + p)."""
 
-    def __init__(self, why_not=None, fails=None):
-        self.log, self.reason, self.fails = [], why_not, fails
+    def __init__(self, why_not=None, fails=None, reaches=lambda process: True):
+        self.log, self.reason, self.fails, self.reaches = [], why_not, fails, reaches
 
     def why_not(self):
         return self.reason
@@ -49,7 +49,7 @@ class Pretended:
 
     def mapped(self, address, process):
         assert address == (1 + self.me) << 40
-        return (1 + process) << 40
+        return (1 + process) << 40 if self.reaches(process) else 0
 
 
 def agree(transport):
@@ -69,6 +69,11 @@ def agree(transport):
 
 def all_have_it():
     return agree(Pretended())
+
+
+def one_reaches_no_other_node():
+    alone = distributed.global_state.process_id == 3
+    return agree(Pretended(reaches=lambda process: not alone or process == 2))
 
 
 def one_lacks_it():

@@ -47,7 +47,7 @@ bool CheckCalls(Case c, Ranks& ranks, const Calls& calls, int stride = 1, Mask m
       for (float& value : *list) value = uniform(random);
     }
     memory.push_back(std::make_unique<Memory>(ranks.device[r]));
-    arrays.push_back(MakeArrays(c, *memory[r], ranks.group.view(r), true, Calls::kOverNodes));
+    arrays.push_back(MakeArrays(c, *memory[r], ranks.group.view(r), true));
     DispatchParams& d = arrays[r].dispatch;
     d.topk_idx = memory[r]->Put(routing[r].topk_idx);
     if (c.weights) d.topk_weights = memory[r]->Put(weights[r]);

@@ -30,9 +30,12 @@ namespace jax_ep {
 // ---- the network
 
 namespace {
+constexpr int kMaxPes = 256;
+__device__ Room* room_of_pe[kMaxPes];
+
 template <class T>
 __device__ T* There(const InternodeView& view, int peer, T* own) {
-  return reinterpret_cast<T*>(reinterpret_cast<char*>(view.room_of[peer]) +
+  return reinterpret_cast<T*>(reinterpret_cast<char*>(room_of_pe[view.pe[peer]]) +
                               (reinterpret_cast<const char*>(own) - reinterpret_cast<const char*>(view.room)));
 }
 }  // namespace
@@ -74,7 +77,10 @@ struct NodeRanks {
     static std::map<std::vector<int>, NodeRanks*> all;
     if (all[node_of_rank] != nullptr) return *all[node_of_rank];
     const int num_ranks = static_cast<int>(node_of_rank.size());
-    static int next_id = 1000;
+    static int next_id = 1000, next_pe = 0;
+    const int first_pe = next_pe;
+    next_pe += num_ranks;
+    if (next_pe > kMaxPes) std::_Exit(2);
     std::vector<int> ids(num_ranks), devices(num_ranks);
     std::vector<Place> places(num_ranks);
     std::vector<cudaStream_t> streams(num_ranks);
@@ -99,8 +105,12 @@ struct NodeRanks {
       view.nodes = NodesOf(node_of_rank);
       view.room = rooms[i];
       view.box_bytes = BoxBytes(num_ranks);
-      for (int j = 0; j < num_ranks; ++j) view.room_of[j] = rooms[j], view.pe[j] = j;
+      for (int j = 0; j < num_ranks; ++j) view.room_of[j] = rooms[j], view.pe[j] = first_pe + j;
       made->views.push_back(view);
+    }
+    for (int device = 0; device < g_num_devices; ++device) {
+      CHECK_CUDA(cudaSetDevice(device));
+      CHECK_CUDA(cudaMemcpyToSymbol(room_of_pe, rooms.data(), num_ranks * sizeof(Room*), first_pe * sizeof(Room*)));
     }
     return *(all[node_of_rank] = made);
   }
@@ -113,7 +123,7 @@ namespace jax_ep {
 struct NodeCalls {
   static constexpr bool kOverNodes = true;
   const std::vector<InternodeView>& views;
-  bool direct;
+  bool direct, puts;  // one hop; over the network, else by stores, to other nodes
   int64_t box_bytes;
 
   bool Fits(const Arrays& arrays, const Case& c) const {
@@ -122,6 +132,9 @@ struct NodeCalls {
   InternodeView View(int rank) const {
     InternodeView view = views[rank];
     view.box_bytes = box_bytes;
+    for (size_t peer = 0; puts && peer < views.size(); ++peer) {
+      if (view.nodes.node[peer] != view.nodes.node[rank]) view.room_of[peer] = nullptr;
+    }
     return view;
   }
   cudaError_t Dispatch(int rank, const DispatchParams& params, const Case& c, cudaStream_t stream) const {
@@ -139,13 +152,14 @@ struct NodeCalls {
 
 namespace {
 
-bool CheckOnNodes(const std::vector<int>& nodes, Case c, bool direct, int64_t box_bytes, int stride = 1) {
+bool CheckOnNodes(const std::vector<int>& nodes, Case c, bool direct, bool puts, int64_t box_bytes, int stride = 1) {
   NodeRanks& ranks = NodeRanks::Of(nodes);
   c.num_ranks = static_cast<int>(nodes.size());
   std::string where;
   for (int node : nodes) where += std::to_string(node);
-  c.name = where + (direct ? " direct " : " ") + std::to_string(box_bytes >> 20) + " MiB " + c.name;
-  return CheckCalls(c, ranks.ranks, NodeCalls{ranks.views, direct, box_bytes}, stride);
+  c.name =
+      where + (direct ? " direct" : "") + (puts ? " puts " : " ") + std::to_string(box_bytes >> 20) + " MiB " + c.name;
+  return CheckCalls(c, ranks.ranks, NodeCalls{ranks.views, direct, puts, box_bytes}, stride);
 }
 
 const std::vector<std::vector<int>> kShapes = {{0},
@@ -162,14 +176,18 @@ const std::vector<std::vector<int>> kShapes = {{0},
 int Check(int argc, char** argv) {
   bool ok = true;
   for (const auto& nodes : kShapes) {
-    for (const Case& c : SmallCases(static_cast<int>(nodes.size()))) ok &= CheckOnNodes(nodes, c, false, 1 << 20);
+    for (const Case& c : SmallCases(static_cast<int>(nodes.size()))) {
+      for (bool puts : {true, false}) ok &= CheckOnNodes(nodes, c, false, puts, 1 << 20);
+    }
   }
   const auto bf16 = RowDtype::kBfloat16;
   const Case models[] = {
       {"DeepSeek-V3", 2, 4096, 8, 256, Layout::kExpert, 128, 0, 40960, bf16, 7168, 0, true, 0, 0, 24},
       {"DeepSeek-V3 rank", 2, 4096, 8, 256, Layout::kRank, 1, 0, 0, bf16, 7168, 0, true, 0, 0, 24},
   };
-  for (const Case& c : models) ok &= CheckOnNodes({0, 1}, c, false, BoxBytes(2), 37);
+  for (const Case& c : models) {
+    for (bool puts : {true, false}) ok &= CheckOnNodes({0, 1}, c, false, puts, BoxBytes(2), 37);
+  }
   std::mt19937 random(argc > 2 ? std::atoi(argv[2]) : 1);
   const int count = argc > 3 ? std::atoi(argv[3]) : 60;
   int wrong = 0;
@@ -181,7 +199,8 @@ int Check(int argc, char** argv) {
     c.num_ranks = static_cast<int>(nodes.size());
     if (int64_t(c.num_ranks) * c.num_tokens * c.num_topk * c.hidden > 64 << 20) c.hidden = 128;
     const int64_t box_bytes = random() % 2 ? 1 << 20 : BoxBytes(c.num_ranks);
-    wrong += !CheckOnNodes(nodes, c, random() % 4 == 0, box_bytes);
+    const bool direct = random() % 4 == 0, puts = random() % 2 == 0;
+    wrong += !CheckOnNodes(nodes, c, direct, puts, box_bytes);
   }
   std::printf("%s\n", ok && wrong == 0 ? "INTERNODE CHECK OK" : "INTERNODE CHECK FAILED");
   return ok && wrong == 0 ? 0 : 1;
@@ -192,7 +211,7 @@ int Timeout() {
   const std::vector<int> nodes = {0, 0, 1, 1};
   const int R = static_cast<int>(nodes.size());
   Case c{"around a timeout", R, 100, 4, 16, Layout::kExpert, 8, 0, 0, RowDtype::kBfloat16, 512};
-  bool ok = CheckOnNodes(nodes, c, false, 1 << 20);
+  bool ok = CheckOnNodes(nodes, c, false, true, 1 << 20);
   NodeRanks& ranks = NodeRanks::Of(nodes);
   Finish(c);
   const auto routing = Route(c);
@@ -202,7 +221,7 @@ int Timeout() {
       std::vector<Arrays> arrays;
       for (int r = 0; r < R; ++r) {
         memory.push_back(std::make_unique<Memory>(ranks.ranks.device[r]));
-        arrays.push_back(MakeArrays(c, *memory[r], ranks.ranks.group.view(r), true, true));
+        arrays.push_back(MakeArrays(c, *memory[r], ranks.ranks.group.view(r), true));
         DispatchParams& d = arrays[r].dispatch;
         d.topk_idx = memory[r]->Put(routing[r].topk_idx);
         d.rows[0].x = memory[r]->Make<char>(c.num_tokens * c.row_bytes(), 1);
@@ -229,7 +248,7 @@ int Timeout() {
                      std::vector<char>(c.capacity * c.row_bytes(), 0));
       }
       std::printf("rank %d %s: told %d, zero %d\n", missing, late ? "late" : "missing", told, zero);
-      ok &= told && zero && CheckOnNodes(nodes, c, false, 1 << 20);
+      ok &= told && zero && CheckOnNodes(nodes, c, false, late, 1 << 20);
     }
   }
   std::printf("%s\n", ok ? "INTERNODE TIMEOUT OK" : "INTERNODE TIMEOUT FAILED");
@@ -254,17 +273,18 @@ double BytesToOtherNodes(const Case& c, const std::vector<RankRouting>& routing,
 }
 
 // A call's time, back to back, by the slowest rank; prints a line a call and number of multiprocessors.
-bool BenchCase(const std::vector<int>& nodes, Case c, bool direct, const std::vector<int>& sms) {
+bool BenchCase(const std::vector<int>& nodes, Case c, bool direct, bool puts, const std::vector<int>& sms) {
   const int R = static_cast<int>(nodes.size());
   c.num_ranks = R;
   Finish(c);
   NodeRanks& ranks = NodeRanks::Of(nodes);
+  const NodeCalls calls{ranks.views, direct, puts, BoxBytes(R)};
   const auto routing = Route(c);
   std::vector<std::unique_ptr<Memory>> memory;
   std::vector<Arrays> arrays;
   for (int r = 0; r < R; ++r) {
     memory.push_back(std::make_unique<Memory>(ranks.ranks.device[r]));
-    arrays.push_back(MakeArrays(c, *memory[r], ranks.ranks.group.view(r), true, true));
+    arrays.push_back(MakeArrays(c, *memory[r], ranks.ranks.group.view(r), true));
     DispatchParams& d = arrays[r].dispatch;
     d.topk_idx = memory[r]->Put(routing[r].topk_idx);
     d.rows[0].x = memory[r]->Make<char>(c.num_tokens * c.row_bytes(), 1);
@@ -272,9 +292,11 @@ bool BenchCase(const std::vector<int>& nodes, Case c, bool direct, const std::ve
     CombineParams& p = arrays[r].combine;
     p.y = memory[r]->Make<char>(c.capacity * c.row_bytes(), 1);
     p.weights = c.layout == Layout::kRank ? nullptr : memory[r]->Make<float>(c.capacity, 0);
+    p.carried_back = nullptr;
     CHECK_CUDA(cudaDeviceSynchronize());
   }
   for (int num_sms : sms) {
+    c.num_sms = num_sms;
     for (const char* what : {"dispatch", "dispatch_cached", "combine"}) {
       constexpr int kRepeats = 30, kWarmUp = 5;
       const bool combines = what[0] == 'c', cached = what[8] == '_';
@@ -286,9 +308,7 @@ bool BenchCase(const std::vector<int>& nodes, Case c, bool direct, const std::ve
         if (cached) d.operation = kDispatchCached;
         for (int i = 0; i < kRepeats + kWarmUp; ++i) {
           if (i == kWarmUp) CHECK_CUDA(cudaEventRecord(begin[r], stream));
-          const InternodeConfig config{num_sms, direct};
-          CHECK_CUDA(combines ? LaunchInternodeCombine(arrays[r].combine, ranks.views[r], config, stream)
-                              : LaunchInternodeDispatch(d, ranks.views[r], config, stream));
+          CHECK_CUDA(combines ? calls.Combine(r, arrays[r].combine, c, stream) : calls.Dispatch(r, d, c, stream));
         }
         return cudaEventRecord(end[r], stream);
       });
@@ -304,9 +324,9 @@ bool BenchCase(const std::vector<int>& nodes, Case c, bool direct, const std::ve
       const double us = slowest * 1000 / kRepeats, bytes = BytesToOtherNodes(c, routing, nodes, direct || combines);
       std::string where;
       for (int node : nodes) where += std::to_string(node);
-      std::printf("nodes %-8s %5d tokens %-6s %-6s %-15s %3d SMs: %6.1f us, %5.1f GB/s to other nodes\n", where.c_str(),
-                  c.num_tokens, c.layout == Layout::kRank ? "rank" : "expert", direct ? "direct" : "", what, num_sms,
-                  us, bytes / us / 1000);
+      std::printf("nodes %-8s %5d tokens %-6s %-6s %-6s %-15s %3d SMs: %6.1f us, %5.1f GB/s to other nodes\n",
+                  where.c_str(), c.num_tokens, c.layout == Layout::kRank ? "rank" : "expert", direct ? "direct" : "",
+                  puts ? "puts" : "stores", what, num_sms, us, bytes / us / 1000);
       std::fflush(stdout);
     }
   }
@@ -326,13 +346,16 @@ int Bench() {
     const Case rank{"", R, 4096, 8, 256, Layout::kRank, 1, 0, 0, bf16, 7168, 0, true, 0, 0};
     const Case expert{"", R, 4096, 8, 256, Layout::kExpert, 128, 0, capacity, bf16, 7168, 0, true, 0, 0};
     const bool alone = R <= g_num_devices;
-    ok &= BenchCase(nodes, rank, false, alone ? std::vector<int>{12, 24, 48} : std::vector<int>{24, 48});
-    ok &= BenchCase(nodes, expert, false, {24});
-    for (int tokens : {1, 128}) {
-      for (Case c : {rank, expert}) {
-        c.num_tokens = tokens;
-        c.capacity = c.layout == Layout::kRank ? 0 : tokens * 8 * 5 / 4 + 128 * c.num_experts / R;
-        ok &= BenchCase(nodes, c, true, {24});
+    for (bool puts : {false, true}) {
+      if (puts && nodes.back() == 0) continue;  // there is no other node
+      ok &= BenchCase(nodes, rank, false, puts, alone ? std::vector<int>{12, 24, 48} : std::vector<int>{24, 48});
+      ok &= BenchCase(nodes, expert, false, puts, {24});
+      for (int tokens : {1, 128}) {
+        for (Case c : {rank, expert}) {
+          c.num_tokens = tokens, c.alignment = 1;
+          c.capacity = c.layout == Layout::kRank ? 0 : tokens * 8 * 5 / 4;
+          ok &= BenchCase(nodes, c, true, puts, {24});
+        }
       }
     }
   }

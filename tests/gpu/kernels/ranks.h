@@ -132,9 +132,10 @@ struct Ranks {
     CHECK_CUDA(cudaStreamSynchronize(beside));
     CHECK_CUDA(cudaMemcpyAsync(window, view.window[rank], sizeof *window, cudaMemcpyDeviceToHost, beside));
     CHECK_CUDA(cudaStreamSynchronize(beside));
-    std::printf("rank %zu: calls ended %llu, failed %llu, blocks through %u, own rows %u, zero rows %u, copies %u, chunks",
-                rank, (unsigned long long)window->epoch, (unsigned long long)window->failed_epoch, window->exits,
-                window->taken_own_rows, window->taken_zero_rows, window->taken_copies);
+    std::printf(
+        "rank %zu: calls ended %llu, failed %llu, blocks through %u, own rows %u, zero rows %u, copies %u, chunks",
+        rank, (unsigned long long)window->epoch, (unsigned long long)window->failed_epoch, window->exits,
+        window->taken_own_rows, window->taken_zero_rows, window->taken_copies);
     for (unsigned int taken : window->taken_chunks) std::printf(" %u", taken);
     const uint64_t call = window->epoch + 1;
     for (int source = 0; source < view.num_ranks; ++source) {
@@ -219,8 +220,7 @@ struct Arrays {
   CombineGradParams grad{};
 };
 
-inline Arrays MakeArrays(const Case& c, Memory& memory, const GroupView* view, bool with_combine,
-                         bool over_nodes = false) {
+inline Arrays MakeArrays(const Case& c, Memory& memory, const GroupView* view, bool with_combine) {
   Arrays a;
   const int64_t C = c.capacity, per_row = c.layout == Layout::kRank ? c.num_topk : 1;
   DispatchParams& d = a.dispatch;
@@ -247,7 +247,7 @@ inline Arrays MakeArrays(const Case& c, Memory& memory, const GroupView* view, b
   b.slot = d.slot, b.recv_slot = d.recv_slot;
   b.out = memory.Make<char>(c.num_tokens * c.row_bytes(), 0xab);
   b.carried_back = memory.Make<float>(c.choices(), 0xab);
-  const int num_scratch = over_nodes ? std::min(c.num_topk, c.num_ranks) : b.one_row_a_rank ? 0 : c.num_ranks - 1;
+  const int num_scratch = b.one_row_a_rank ? 0 : c.num_ranks - 1;
   if (num_scratch > 0) b.scratch = memory.Make<char>(int64_t{num_scratch} * c.num_tokens * c.row_bytes(), 0xab);
   if (b.one_row_a_rank) return a;
   CombineGradParams& g = a.grad;
