@@ -133,9 +133,11 @@ __device__ __forceinline__ int UnitOf(int64_t row_bytes) {
   return row_bytes % 16 == 0 ? 16 : row_bytes % 4 == 0 ? 4 : 1;
 }
 
+// The three that move rows are functions of their own, for the registers: each takes the conveyor and hands it on.
+
 // This lane's tokens to one node, each once; those that only this rank wants stay.
-__device__ __forceinline__ void SendToNode(const InternodeDispatchPlan& plan, const Call& call, Conveyor& conveyor,
-                                           Poster& poster, int lane_number, int node) {
+__device__ __noinline__ Conveyor SendToNode(const InternodeDispatchPlan& plan, const Call& call, Conveyor conveyor,
+                                            Poster& poster, int lane_number, int node) {
   const DispatchParams& p = plan.dispatch.params;
   const InternodeView& view = plan.view;
   const Nodes& nodes = view.nodes;
@@ -199,7 +201,10 @@ __device__ __forceinline__ void SendToNode(const InternodeDispatchPlan& plan, co
     const int next_piece = ends ? 0 : piece + 1;
     begin(next.token, next_piece);
     char* const message = out.Next();
-    if (message == nullptr) return conveyor.Drop();
+    if (message == nullptr) {
+      conveyor.Drop();
+      return conveyor;
+    }
     if (lane == 0) *reinterpret_cast<int4*>(message) = make_int4(now.token, piece, 0, 0);
     const Choices choices(message, p.num_topk);
     if (lane < p.num_topk) {
@@ -219,6 +224,7 @@ __device__ __forceinline__ void SendToNode(const InternodeDispatchPlan& plan, co
     now = next, piece = next_piece;
   }
   out.Finish();
+  return conveyor;
 }
 
 // What came for this node into this rank's inbox is there for all its ranks.
@@ -390,8 +396,8 @@ struct PartsOfOwnTokens {
 };
 
 // This rank's rows of another, from the inbox of the rank of this node on that source's rail.
-__device__ __forceinline__ void ReadSource(const InternodeDispatchPlan& plan, const Call& call, Conveyor& conveyor,
-                                           Poster& poster, int lane_number, int source) {
+__device__ __noinline__ Conveyor ReadSource(const InternodeDispatchPlan& plan, const Call& call, Conveyor conveyor,
+                                            Poster& poster, int lane_number, int source) {
   const InternodeView& view = plan.view;
   const Nodes& nodes = view.nodes;
   const int node = nodes.node[source], own_node = nodes.node[call.rank];
@@ -402,9 +408,10 @@ __device__ __forceinline__ void ReadSource(const InternodeDispatchPlan& plan, co
   ReadChunks(call, view, plan.messages, ring, flags, source, lane_number, poster, [&](const char* chunk, int count) {
     TakeParts(PartsOfChunk{plan, call.rank, chunk, count}, call, conveyor, source);
   });
+  return conveyor;
 }
 
-__device__ __forceinline__ void CopyOwnRows(const InternodeDispatchPlan& plan, const Call& call, Conveyor& conveyor) {
+__device__ __noinline__ void CopyOwnRows(const InternodeDispatchPlan& plan, const Call& call, Conveyor conveyor) {
   const int num_warps = kTaskWarps * static_cast<int>(gridDim.x), num_tokens = plan.dispatch.params.num_tokens;
   const int warp = static_cast<int>(threadIdx.x) / 32 * static_cast<int>(gridDim.x) + static_cast<int>(blockIdx.x);
   if (num_tokens <= num_warps) {
@@ -416,58 +423,6 @@ __device__ __forceinline__ void CopyOwnRows(const InternodeDispatchPlan& plan, c
   WaitBulkDone<0>();
 }
 
-// With many tokens the three that move rows are functions of their own, as one that had all would run out of registers.
-// With few tokens the time until all is under way counts, and in functions the plan is read through memory: there they
-// are part of the kernel.
-template <bool kFew>
-struct Roles {
-  static __device__ __forceinline__ void Send(const InternodeDispatchPlan& plan, const Call& call, Conveyor& conveyor,
-                                              Poster& poster, int lane_number, int node) {
-    SendToNode(plan, call, conveyor, poster, lane_number, node);
-  }
-  static __device__ __forceinline__ void Read(const InternodeDispatchPlan& plan, const Call& call, Conveyor& conveyor,
-                                              Poster& poster, int lane_number, int source) {
-    ReadSource(plan, call, conveyor, poster, lane_number, source);
-  }
-  static __device__ __forceinline__ void CopyOwn(const InternodeDispatchPlan& plan, const Call& call,
-                                                 Conveyor& conveyor) {
-    CopyOwnRows(plan, call, conveyor);
-  }
-};
-
-template <>
-struct Roles<false> {
-  static __device__ __forceinline__ void Send(const InternodeDispatchPlan& plan, const Call& call, Conveyor& conveyor,
-                                              Poster& poster, int lane_number, int node) {
-    conveyor = SendApart(plan, call, conveyor, poster, lane_number, node);
-  }
-  static __device__ __forceinline__ void Read(const InternodeDispatchPlan& plan, const Call& call, Conveyor& conveyor,
-                                              Poster& poster, int lane_number, int source) {
-    conveyor = ReadApart(plan, call, conveyor, poster, lane_number, source);
-  }
-  static __device__ __forceinline__ void CopyOwn(const InternodeDispatchPlan& plan, const Call& call,
-                                                 Conveyor& conveyor) {
-    CopyOwnApart(plan, call, conveyor);
-  }
-
- private:  // each takes the conveyor and hands it on: by reference it would lie in memory
-  static __device__ __noinline__ Conveyor SendApart(const InternodeDispatchPlan& plan, const Call& call,
-                                                    Conveyor conveyor, Poster& poster, int lane_number, int node) {
-    SendToNode(plan, call, conveyor, poster, lane_number, node);
-    return conveyor;
-  }
-  static __device__ __noinline__ Conveyor ReadApart(const InternodeDispatchPlan& plan, const Call& call,
-                                                    Conveyor conveyor, Poster& poster, int lane_number, int source) {
-    ReadSource(plan, call, conveyor, poster, lane_number, source);
-    return conveyor;
-  }
-  static __device__ __noinline__ void CopyOwnApart(const InternodeDispatchPlan& plan, const Call& call,
-                                                   Conveyor conveyor) {
-    CopyOwnRows(plan, call, conveyor);
-  }
-};
-
-template <bool kFew>
 __global__ void __launch_bounds__(kInternodeThreads, 1)
     InternodeDispatchKernel(const __grid_constant__ InternodeDispatchPlan plan) {
   extern __shared__ __align__(128) char dynamic[];
@@ -510,16 +465,16 @@ __global__ void __launch_bounds__(kInternodeThreads, 1)
       // There is no such lane.
     } else if (reader >= 0) {
       const int source = (call.rank + call.num_ranks - 1 - reader) % call.num_ranks;
-      Roles<kFew>::Read(plan, call, conveyor, poster, lane_number, source);
+      conveyor = ReadSource(plan, call, conveyor, poster, lane_number, source);
     } else if (task >= plan.tasks.senders) {
       Announce(plan, call, lane_number);
     } else {
       // Other nodes first: the own one, if it has other ranks, is the last task.
       const int node = (nodes.node[call.rank] + 1 + task) % nodes.num_nodes;
-      Roles<kFew>::Send(plan, call, conveyor, poster, lane_number, node);
+      conveyor = SendToNode(plan, call, conveyor, poster, lane_number, node);
     }
     poster.Close();
-    Roles<kFew>::CopyOwn(plan, call, conveyor);
+    CopyOwnRows(plan, call, conveyor);
   }
   WaitBulkDone<0>();
   if (IsLastBlock(call)) {
@@ -539,14 +494,15 @@ Written WrittenBy(const Messages& messages, int64_t row_bytes, int stage_bytes) 
 }  // namespace
 
 cudaError_t LoadInternodeDispatch() {
-  for (const auto kernel : {InternodeDispatchKernel<true>, InternodeDispatchKernel<false>, InternodeNotifyKernel}) {
-    cudaFuncAttributes attributes;
-    if (cudaError_t error = cudaFuncGetAttributes(&attributes, kernel); error != cudaSuccess) return error;
-    const cudaError_t error =
-        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kMaxDynamicShared);
-    if (error != cudaSuccess) return error;
-  }
-  return cudaSuccess;
+  cudaFuncAttributes attributes;
+  if (cudaError_t error = cudaFuncGetAttributes(&attributes, InternodeDispatchKernel); error != cudaSuccess)
+    return error;
+  if (cudaError_t error = cudaFuncGetAttributes(&attributes, InternodeNotifyKernel); error != cudaSuccess) return error;
+  if (cudaError_t error =
+          cudaFuncSetAttribute(InternodeDispatchKernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kMaxDynamicShared);
+      error != cudaSuccess)
+    return error;
+  return cudaFuncSetAttribute(InternodeNotifyKernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kMaxDynamicShared);
 }
 
 cudaError_t LaunchInternodeDispatch(const DispatchParams& params, const InternodeView& view,
@@ -590,8 +546,7 @@ cudaError_t LaunchInternodeDispatch(const DispatchParams& params, const Internod
         plan);
     if (cudaError_t error = cudaGetLastError(); error != cudaSuccess) return error;
   }
-  const auto kernel = plan.lanes.few_tokens ? InternodeDispatchKernel<true> : InternodeDispatchKernel<false>;
-  kernel<<<plan.lanes.num_blocks, kInternodeThreads, dispatch_shared, stream>>>(plan);
+  InternodeDispatchKernel<<<plan.lanes.num_blocks, kInternodeThreads, dispatch_shared, stream>>>(plan);
   return cudaGetLastError();
 }
 
