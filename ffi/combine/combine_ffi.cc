@@ -26,7 +26,9 @@ ffi::Error Combine(cudaStream_t stream, int32_t device, ffi::RunId run, ffi::Spa
   Member member;
   if (ffi::Error error = FindMember("combine", stream, device, run, devices, num_ranks, &member); error.failure())
     return error;
-  CheckMail(&member, {p.one_row_a_rank ? p.y : nullptr, p.scratch, p.carried});
+  CheckMail(&member, {p.scratch});
+  const void* const result = p.out != nullptr ? p.out : reinterpret_cast<const char*>(p.carried_back);
+  CheckMail(&member, {p.one_row_a_rank ? p.y : nullptr, p.carried}, result);
   p.group = member.view();
   p.refused = member.refused();
   CombineConfig config;

@@ -60,7 +60,7 @@ ffi::Error CombineGrad(cudaStream_t stream, int32_t device, ffi::RunId run, ffi:
   Member member;
   if (ffi::Error error = FindMember("combine_grad", stream, device, run, devices, num_ranks, &member); error.failure())
     return error;
-  CheckMail(&member, {p.out_bar});
+  CheckMail(&member, {p.out_bar}, p.y_bar);
   p.group = member.view();
   p.refused = member.refused();
   CombineConfig config;

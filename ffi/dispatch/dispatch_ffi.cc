@@ -30,7 +30,7 @@ ffi::Error Run(Operation operation, const char* name, cudaStream_t stream, int32
   CheckMail(&member, {p.rows[0].recv, p.rows[1].recv, p.recv_weights, p.recv_slot, p.recv_topk_idx});
   DispatchConfig config;
   if (attributes.num_sms > 0) config.num_sms = static_cast<int>(attributes.num_sms);
-  if (DispatchPulls(p, num_ranks, config)) CheckMail(&member, {p.rows[0].x, p.rows[1].x});
+  if (DispatchPulls(p, num_ranks, config)) CheckMail(&member, {p.rows[0].x, p.rows[1].x}, p.rows[0].recv);
   p.group = member.view();
   p.refused = member.refused();
   return Report(name, member, LaunchDispatch(p, num_ranks, config, stream));

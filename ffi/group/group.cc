@@ -523,14 +523,17 @@ std::string Group::Hear() {
     if (failure_.empty()) failure_ = news;
     return failure_.empty() ? "" : failure_ + ". Call jax_ep.initialize() in every process to begin anew";
   }
-  if (!news.empty()) {
-    const Generation newest = generations_.back();
-    refused_runs_ = TheRegistry().num_runs;
-    generations_.push_back({newest.number + 1, refused_runs_ + 1, newest.dead});
-    told_before_ = newest.number + 1;
-    failure_ = news;
-  }
+  if (!news.empty()) BeginAnew(news);
   return news;
+}
+
+// In one process: all runs that have begun are refused, the next begin a new generation. Called with the mutex held.
+void Group::BeginAnew(const std::string& failure) {
+  const Generation newest = generations_.back();
+  refused_runs_ = TheRegistry().num_runs;
+  generations_.push_back({newest.number + 1, refused_runs_ + 1, newest.dead});
+  told_before_ = newest.number + 1;
+  failure_ = failure;
 }
 
 // That of a run's calls. Called with the mutex held.
@@ -618,16 +621,51 @@ std::string Group::Enter(int rank, int64_t run, cudaStream_t stream) {
   return ranks_[rank].generation >= generation.number ? "" : Begin(generation, rank, stream);
 }
 
-std::string Group::CheckShared(int rank, const void* address) {
-  const Place& place = ranks_[rank].place;
-  const uint64_t offset = reinterpret_cast<uint64_t>(address) - place.shared_begin;
-  if (!spans_processes_ || address == nullptr || offset < place.shared_bytes) return "";
-  std::lock_guard<std::mutex> lock(mutex_);
-  if (failure_.empty()) {
-    failure_ = "an array of rank " + std::to_string(rank) +
-               " lies outside of the memory that XLA preallocated, where no other process reaches it: it is a constant "
-               "of the program or was taken over from another library. Pass a copy of it as an argument";
+// Whether kernels on the other ranks' devices may read there. A program's constants lie with its code, which is mapped on
+// its own device alone; so does memory that another library has mapped so.
+bool Group::ReachedByPeers(int rank, const void* address) const {
+  const int own = ranks_[rank].place.device;
+  int before = 0;
+  if (cudaGetDevice(&before) != cudaSuccess) return true;
+  bool reached = true;
+  for (const Rank& peer : ranks_) {
+    if (peer.place.device == own || !reached) continue;
+    cudaPointerAttributes attributes{};
+    reached = cudaSetDevice(peer.place.device) == cudaSuccess &&
+              cudaPointerGetAttributes(&attributes, address) == cudaSuccess && attributes.devicePointer != nullptr;
   }
+  cudaSetDevice(before);
+  cudaGetLastError();
+  return reached;
+}
+
+std::string Group::CheckShared(int rank, const void* address, const void* result) {
+  const std::string whose = "an array of rank " + std::to_string(rank);
+  const std::string why = "it is a constant of the program or was taken over from another library. Pass a copy of it as "
+                          "an argument";
+  const Place& place = ranks_[rank].place;
+  if (spans_processes_) {
+    const uint64_t offset = reinterpret_cast<uint64_t>(address) - place.shared_begin;
+    if (address == nullptr || offset < place.shared_bytes) return "";
+    std::lock_guard<std::mutex> lock(mutex_);
+    if (failure_.empty()) {
+      failure_ =
+          whose + " lies outside of the memory that XLA preallocated, where no other process reaches it: " + why;
+    }
+    return failure_;
+  }
+  if (address == nullptr || result == nullptr) return "";
+  const uint64_t part = reinterpret_cast<uint64_t>(address) >> 21;
+  std::lock_guard<std::mutex> lock(mutex_);
+  std::unordered_set<uint64_t>& reached = ranks_[rank].reached;
+  if (reached.count(part) != 0) return "";
+  // Peers do write the result: if that, too, seems out of reach, this is no way to find out.
+  if (ReachedByPeers(rank, address) || !ReachedByPeers(rank, result)) {
+    reached.insert(part);
+    return "";
+  }
+  // Of several ranks, whose arrays are constants alike, the first begins anew.
+  if (generations_.back().first_run <= TheRegistry().num_runs) BeginAnew(whose + " is out of its peers' reach: " + why);
   return failure_;
 }
 

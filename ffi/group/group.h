@@ -11,6 +11,7 @@
 #include <memory>
 #include <mutex>
 #include <string>
+#include <unordered_set>
 #include <vector>
 
 #include "group/arena.h"
@@ -106,8 +107,9 @@ class Group {
   // After each launch.
   cudaError_t Leave(int rank, cudaStream_t stream);
   // Why a peer in another process could not use `address`, an operand or result of `rank`; nothing if it can. If not,
-  // the group has failed.
-  std::string CheckShared(int rank, const void* address);
+  // the group has failed. In one process the same of an operand, given a `result` of the same call, which peers reach:
+  // not what lies with a program's code.
+  std::string CheckShared(int rank, const void* address, const void* result = nullptr);
 
  private:
   struct Rank {
@@ -126,6 +128,7 @@ class Group {
     cudaStream_t main = nullptr;
     bool launches_beside = false, has_beside = false;
     cudaEvent_t before = nullptr, beside = nullptr;
+    std::unordered_set<uint64_t> reached;  // in one process: parts of memory, 2 MiB each, that peers reach
   };
 
   // Starts of halves, counted as kernels count them: from the begin of a generation on.
@@ -155,6 +158,8 @@ class Group {
   bool is_local(const Rank& rank) const { return rank.place.device >= 0; }
   std::string Listen();
   std::string Hear();
+  void BeginAnew(const std::string& failure);
+  bool ReachedByPeers(int rank, const void* address) const;
   uint32_t DeadRanks() const;
   const Generation& GenerationOf(uint64_t run) const;
   std::string Begin(const Generation& generation, int rank, cudaStream_t stream);

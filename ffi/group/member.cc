@@ -56,9 +56,9 @@ xla::ffi::Error FindMember(const char* operation, cudaStream_t stream, int ordin
   return xla::ffi::Error::Success();
 }
 
-void CheckMail(Member* member, std::initializer_list<const void*> addresses) {
+void CheckMail(Member* member, std::initializer_list<const void*> addresses, const void* result) {
   for (const void* address : addresses) {
-    if (!member->refused()) member->failure = member->group->CheckShared(member->rank, address);
+    if (!member->refused()) member->failure = member->group->CheckShared(member->rank, address, result);
   }
 }
 

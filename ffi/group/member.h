@@ -34,8 +34,8 @@ xla::ffi::Error FindMember(const char* operation, cudaStream_t stream, int ordin
                            xla::ffi::Span<const int64_t> devices, int64_t num_ranks, Member* member);
 
 // Before the launch, of all addresses that the call puts into its mail: where a peer could not reach one, the call is
-// refused.
-void CheckMail(Member* member, std::initializer_list<const void*> addresses);
+// refused. Those of operands, which may be constants of the program, with a `result` of the call, which never is.
+void CheckMail(Member* member, std::initializer_list<const void*> addresses, const void* result = nullptr);
 
 // After the launch: the launch's error, else the failure that came before, else success.
 xla::ffi::Error Report(const char* operation, const Member& member, cudaError_t launched);

@@ -21,6 +21,8 @@
 std::vector<const jax_ep::GroupView*> g_views;
 // A stream or event is here what it comes after: the calls launched on a stream, and those it has waited for.
 std::vector<int>* g_capturing = nullptr;
+const void *g_constant = nullptr, *g_unknown = nullptr;  // what only device 0 reaches; what seems so
+int g_device = 0, g_pointers_asked = 0;
 
 namespace jax_ep {
 
@@ -33,8 +35,14 @@ char* Zeros(size_t bytes) {  // as aligned as device memory
 
 extern "C" {
 cudaError_t cudaGetDeviceCount(int* count) { return *count = 2, cudaSuccess; }
-cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
-cudaError_t cudaSetDevice(int) { return cudaSuccess; }
+cudaError_t cudaGetDevice(int* device) { return *device = g_device, cudaSuccess; }
+cudaError_t cudaSetDevice(int device) { return g_device = device, cudaSuccess; }
+cudaError_t cudaPointerGetAttributes(cudaPointerAttributes* attributes, const void* pointer) {
+  ++g_pointers_asked;
+  const bool reaches = g_device == 0 || (pointer != g_constant && pointer != g_unknown);
+  attributes->devicePointer = reaches ? const_cast<void*>(pointer) : nullptr;
+  return cudaSuccess;
+}
 cudaError_t cudaGetLastError() { return cudaSuccess; }
 const char* cudaGetErrorString(cudaError_t) { return "an error"; }
 cudaError_t cudaDeviceEnablePeerAccess(int, unsigned int) { return cudaSuccess; }
@@ -153,6 +161,30 @@ void OneProcess() {
   EXPECT(group.Enter(0, 4, nullptr).empty() && TakeBegun().empty());
   EXPECT(group.CheckShared(0, &group).empty());
   EXPECT(!Group::HasFailedSpanning());
+}
+
+// An operand that lies with the program's code: the call is refused and raises, the next run begins anew.
+void Constants() {
+  const std::vector<int> devices{20, 21};
+  Group::SetOrdinals({{20, 0}, {21, 1}});
+  Group& group = Group::OfDevices(devices);
+  static char memory[4][1 << 21];  // each in a part of its own
+  g_device = 0;
+  EXPECT(group.Enter(0, 50, nullptr).empty() && group.Enter(1, 50, nullptr).empty());
+  EXPECT(group.CheckShared(0, memory[0], memory[1]).empty() && g_pointers_asked == 1 && g_device == 0);
+  EXPECT(group.CheckShared(0, memory[0], memory[1]).empty() && g_pointers_asked == 1);  // known
+  EXPECT(group.CheckShared(0, nullptr, memory[1]).empty() && group.CheckShared(0, memory[2]).empty());
+  // Where a result seems out of reach too, nothing is said.
+  g_constant = memory[2], g_unknown = memory[1];
+  EXPECT(group.CheckShared(0, memory[2], memory[1]).empty() && g_device == 0);
+  g_constant = memory[3], g_unknown = nullptr;
+  const std::string told = group.CheckShared(0, memory[3], memory[1]);
+  EXPECT(Has(told, "an array of rank 0 is out of its peers' reach: it is a constant of the program"));
+  EXPECT(group.Enter(1, 50, nullptr) == told && group.Enter(0, 50, nullptr) == told);
+  EXPECT(group.CheckShared(0, memory[3], memory[1]) == told);  // of a rank that had entered before
+  TakeBegun();
+  EXPECT(group.Enter(0, 51, nullptr).empty() && group.Enter(1, 51, nullptr).empty());
+  EXPECT(TakeBegun() == Begun({{0, 1}, {1, 1}}));
 }
 
 // What the initialize stage hears and begins before a run of which perhaps nothing else reaches the host: a graph.
@@ -438,6 +470,7 @@ int main() {
   OneProcess();
   Replays();
   Streams();
+  Constants();
   SeveralProcesses();
   Masks();
   Forks();
