@@ -5,6 +5,7 @@ says of this machine, "auto" is high throughput here, or with JAX_EP_TEST_LOW_LA
 more tokens than that: two runs see both.
 """
 
+import contextlib
 import json
 import os
 import sys
@@ -16,6 +17,8 @@ import hypothesis
 import pytest
 
 NUM_CPU_DEVICES = 8
+# Without MLIR, which XLA:CPU sets up anew for every fusion: a third of what a program of many small fusions takes to compile.
+QUICK_EMITTERS = "--xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters"
 
 hypothesis.settings.register_profile("default", deadline=None)
 hypothesis.settings.register_profile("ci", deadline=None, derandomize=True, print_blob=True)
@@ -33,7 +36,8 @@ def pytest_configure(config):
     os.environ["JAX_PLATFORMS"] = "cpu"
     flags = os.environ.get("XLA_FLAGS", "")
     if "xla_force_host_platform_device_count" not in flags:
-        os.environ["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count={NUM_CPU_DEVICES}".lstrip()
+        flags = f"{flags} --xla_force_host_platform_device_count={NUM_CPU_DEVICES}".lstrip()
+    os.environ["XLA_FLAGS"] = f"{flags} --xla_flags_reset=true"  # read anew for each program: see compile_fast
     share_what_is_compiled(config)
 
 
@@ -55,16 +59,27 @@ def pytest_sessionstart(session):
     tuning.table = lambda: ()
 
 
+@contextlib.contextmanager
+def compile_fast():
+    """What is compiled meanwhile, here and in processes that are started."""
+    import jax
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+        if jax.default_backend() == "cpu":
+            patch.setenv("XLA_FLAGS", f"{os.environ.get('XLA_FLAGS', '')} {QUICK_EMITTERS}")
+        jax.config.update("jax_disable_most_optimizations", True)
+        yield
+        jax.config.update("jax_disable_most_optimizations", False)
+
+
 @pytest.fixture
 def compiles_fast():
     """For a test that compares with a tolerance far above what XLA's optimisations change, or moved rows and integers, of which
     they change nothing. Sums of any numbers are held to the bit as users compile them: test_combine.py, test_arithmetic.py.
     """
-    import jax
-
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+    with compile_fast():
+        yield
 
 
 def pytest_collection_modifyitems(config, items):
