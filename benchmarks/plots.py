@@ -240,6 +240,7 @@ def baselines(rows: Sequence[Row]) -> Figure | None:
     """A bar a way to do the job, in the best of what was measured of it; a panel an operation and number of tokens."""
     level = "jit" if select(rows, level="jit", by="jax_ep") else "program"
     inside = select(rows, level=level, operation=("pair", "moe", "moe_gradient"))
+    inside = [row for row in inside if row.get("ranks_per_node") is None]  # nodes are not pretended
     panels = [
         panel
         for panel in dict.fromkeys((row["case"], row["tokens"], row["operation"]) for row in inside)
@@ -259,15 +260,16 @@ def baselines(rows: Sequence[Row]) -> Figure | None:
             best[name] = min(best.get(name, np.inf), row["us"])
         names = sorted(best, key=lambda name: best[name], reverse=True)
         ours = [COLOURS[0] if name.startswith("jax_ep") else COLOURS[-1] for name in names]
-        axes.barh(names, [best[name] for name in names], color=ours)
-        for place, name in enumerate(names):
-            axes.annotate(
-                f"{best[name]:.0f}", (best[name], place), (3, 0), textcoords="offset points", va="center", fontsize=8
-            )
+        longest = 1.2 * max(us for us in best.values() if us <= 10 * min(best.values()))  # what is far beyond is cut
+        lengths = [min(best[name], longest) for name in names]
+        axes.barh(names, lengths, color=ours)
+        for place, (name, length) in enumerate(zip(names, lengths, strict=True)):
+            told = f"{best[name]:.0f}" + (", cut" if best[name] > longest else "")
+            axes.annotate(told, (length, place), (3, 0), textcoords="offset points", va="center", fontsize=8)
         case, tokens, operation = panel
         axes.set_title(f"{operation}: {case.split('/')[0]}, {tokens} tokens a rank")
         axes.grid(axis="y", visible=False)
-        axes.margins(x=0.15)
+        axes.set_xlim(0, 1.25 * longest)
         axes.set_xlabel("µs" + (", with JAX's own dispatch" if level == "program" else " a call"))
     figure.suptitle(origin(inside), fontsize=9)
     return figure

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from cases import Case
+from conftest import compile_fast
 
 ROOT = Path(__file__).parent.parent
 
@@ -27,11 +28,8 @@ def benchmarks_importable():
 @pytest.fixture(scope="module", autouse=True)
 def compiles_fast():
     """Here and in the processes that are started: no test looks at a time or at how a sum is rounded."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+    with compile_fast():
         yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture

@@ -8,6 +8,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from conftest import compile_fast
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 TINY = ["--dim=32", "--layers=1", "--experts=8", "--batch=8", "--seq=32", "--steps=16"]
@@ -15,15 +16,11 @@ TINY = ["--dim=32", "--layers=1", "--experts=8", "--batch=8", "--seq=32", "--ste
 
 @pytest.fixture(scope="module")
 def example():
-    sys.path.insert(0, str(EXAMPLES))
-    jax.config.update("jax_disable_most_optimizations", True)  # compiling is most of the time
-    try:
+    with pytest.MonkeyPatch.context() as patch, compile_fast():  # compiling is most of the time
+        patch.syspath_prepend(str(EXAMPLES))
         import train_moe_lm
 
         yield train_moe_lm
-    finally:
-        jax.config.update("jax_disable_most_optimizations", False)
-        sys.path.remove(str(EXAMPLES))
 
 
 def train(example, out, *flags):

@@ -17,6 +17,9 @@ import pytest
 
 from jax_ep._src import logfmt, quantized
 
+# The reference's bits, as users compile it, are held to the oracle's by test_quantized.py and test_logfmt.py.
+pytestmark = pytest.mark.usefixtures("compiles_fast")
+
 REPOSITORY = Path(__file__).parents[1]
 DTYPES = (ml_dtypes.bfloat16, np.float16, np.float32)
 FORMATS = ("fp8", "fp8_ue8m0", "mxfp8", "logfmt10")
