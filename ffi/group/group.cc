@@ -621,8 +621,8 @@ std::string Group::Enter(int rank, int64_t run, cudaStream_t stream) {
   return ranks_[rank].generation >= generation.number ? "" : Begin(generation, rank, stream);
 }
 
-// Whether kernels on the other ranks' devices may read there. A program's constants lie with its code, which is mapped on
-// its own device alone; so does memory that another library has mapped so.
+// Whether kernels on the other ranks' devices may read there. A program's constants lie with its code, which is mapped
+// on its own device alone; so does memory that another library has mapped so.
 bool Group::ReachedByPeers(int rank, const void* address) const {
   const int own = ranks_[rank].place.device;
   int before = 0;
@@ -641,16 +641,16 @@ bool Group::ReachedByPeers(int rank, const void* address) const {
 
 std::string Group::CheckShared(int rank, const void* address, const void* result) {
   const std::string whose = "an array of rank " + std::to_string(rank);
-  const std::string why = "it is a constant of the program or was taken over from another library. Pass a copy of it as "
-                          "an argument";
+  const std::string why =
+      "it is a constant of the program or was taken over from another library. Pass a copy of it as "
+      "an argument";
   const Place& place = ranks_[rank].place;
   if (spans_processes_) {
     const uint64_t offset = reinterpret_cast<uint64_t>(address) - place.shared_begin;
     if (address == nullptr || offset < place.shared_bytes) return "";
     std::lock_guard<std::mutex> lock(mutex_);
     if (failure_.empty()) {
-      failure_ =
-          whose + " lies outside of the memory that XLA preallocated, where no other process reaches it: " + why;
+      failure_ = whose + " lies outside of the memory that XLA preallocated, where no other process reaches it: " + why;
     }
     return failure_;
   }
