@@ -3,7 +3,7 @@
 // own.
 //
 //   release                          acquire                        what it hands over
-//   arrived, announced or transit    the reader, the relay          a chunk
+//   arrived, announced or transit    reader, adder, relay           a chunk
 //   freed                            Outgoing, kSlots chunks later  the chunk's slot, here and wherever it passed
 #pragma once
 

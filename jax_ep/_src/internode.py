@@ -27,10 +27,8 @@ from jax_ep._src.config import config
 
 RANKS_PER_NODE = "JAX_EP_RANKS_PER_NODE"
 ACROSS_NODES = "JAX_EP_ACROSS_NODES"
-COLLECTIVES, PUTS = (
-    "collectives",
-    "puts",
-)  # its values: XLA's collectives serve; rows are put over the network wherever they go
+COLLECTIVES = "collectives"  # XLA's serve
+PUTS = "puts"  # rows are put over the network, wherever they go
 OLDEST, TOO_NEW = (3, 4, 5), (3, 7, 0)  # 3.7 grew the state that kernels share with the host library
 INSTALL = (
     "Install it in every process with pip install 'jax_ep[nvshmem]' (nvshmem4py-cu13 and nvidia-nvshmem-cu13>=3.4.5,<3.7), or "
