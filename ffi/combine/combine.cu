@@ -4,14 +4,13 @@
 // items.cuh has the list of items, terms.cuh what of an item is added, sum.cuh the adding.
 #include "combine/combine_rows.h"
 #include "combine/frame.cuh"
+#include "combine/instances.cuh"
 #include "combine/items.cuh"
 #include "combine/terms.cuh"
 #include "device/wait.cuh"
 
 namespace jax_ep {
 namespace {
-
-constexpr int kWide = 4;  // vectors that a lane has of a piece; one where rows are shorter than such a piece
 
 template <int V>
 struct StreamShared {
@@ -194,27 +193,13 @@ __global__ void __launch_bounds__(kThreads, 1) CombineKernel(const __grid_consta
              [&] { Worker<T, kWeighted, V>(p, call, steps, shared.frame, shared.worker[threadIdx.x / 32]).Run(); });
 }
 
-struct Launch {
-  void (*kernel)(CombineParams);
-  int shared_bytes;
+struct Kernels {
+  static constexpr int kWide = 4;  // vectors that a lane has of a piece; one where rows are shorter than such a piece
+  template <class T, bool kWeighted, int V>
+  static Instance<CombineParams> Of() {
+    return {CombineKernel<T, kWeighted, V>, int{sizeof(StreamShared<V>)}};
+  }
 };
-
-template <class T, bool kWeighted>
-Launch LaunchFor(bool wide) {
-  if (wide) return {CombineKernel<T, kWeighted, kWide>, sizeof(StreamShared<kWide>)};
-  return {CombineKernel<T, kWeighted, 1>, sizeof(StreamShared<1>)};
-}
-
-template <class T>
-Launch LaunchFor(bool weighted, bool wide) {
-  return weighted ? LaunchFor<T, true>(wide) : LaunchFor<T, false>(wide);
-}
-
-Launch LaunchFor(RowDtype dtype, bool weighted, bool wide) {
-  if (dtype == RowDtype::kBfloat16) return LaunchFor<__nv_bfloat16>(weighted, wide);
-  if (dtype == RowDtype::kFloat16) return LaunchFor<__half>(weighted, wide);
-  return LaunchFor<float>(weighted, wide);
-}
 
 }  // namespace
 
@@ -230,25 +215,16 @@ bool CombineFits(const CombineParams& p, int num_ranks) {
 
 cudaError_t LoadCombine() {
   if (cudaError_t error = LoadCombineRows(); error != cudaSuccess) return error;
-  for (RowDtype dtype : {RowDtype::kBfloat16, RowDtype::kFloat16, RowDtype::kFloat32}) {
-    for (int i = 0; i < 4; ++i) {
-      const Launch launch = LaunchFor(dtype, i / 2, i % 2);
-      const auto* kernel = reinterpret_cast<const void*>(launch.kernel);
-      const auto attribute = cudaFuncAttributeMaxDynamicSharedMemorySize;
-      if (cudaError_t error = cudaFuncSetAttribute(kernel, attribute, launch.shared_bytes); error != cudaSuccess) {
-        return error;
-      }
-    }
-  }
-  return cudaSuccess;
+  return LoadInstances<Kernels>();
 }
 
 cudaError_t LaunchCombine(const CombineParams& params, const CombineConfig& config, cudaStream_t stream) {
   if (params.one_row_a_rank || params.num_tokens < config.stream_from_tokens) {
     return LaunchCombineRows(params, config, stream);
   }
-  const Launch launch = LaunchFor(params.dtype, params.weights != nullptr, params.row_bytes >= 512 * kWide);
-  launch.kernel<<<NumLanes(config), kThreads, launch.shared_bytes, stream>>>(params);
+  const auto instance =
+      InstanceFor<Kernels>(params.dtype, params.weights != nullptr, params.row_bytes >= 512 * Kernels::kWide);
+  instance.kernel<<<NumLanes(config), kThreads, instance.shared_bytes, stream>>>(params);
   return cudaGetLastError();
 }
 

@@ -17,6 +17,7 @@
 #include "combine/combine_grad.h"
 #include "combine/lane.cuh"
 #include "combine/vector.cuh"
+#include "device/load.h"
 #include "device/wait.cuh"
 #include "device/warp.cuh"
 
@@ -330,11 +331,7 @@ bool CombineGradFits(const CombineGradParams& p, int num_ranks) {
 
 cudaError_t LoadCombineGrad() {
   for (RowDtype dtype : {RowDtype::kBfloat16, RowDtype::kFloat16, RowDtype::kFloat32}) {
-    const auto* kernel = reinterpret_cast<const void*>(GradKernelFor(dtype));
-    const auto attribute = cudaFuncAttributeMaxDynamicSharedMemorySize;
-    if (cudaError_t error = cudaFuncSetAttribute(kernel, attribute, sizeof(GradShared)); error != cudaSuccess) {
-      return error;
-    }
+    if (cudaError_t error = LoadKernel(GradKernelFor(dtype), sizeof(GradShared)); error != cudaSuccess) return error;
   }
   return cudaSuccess;
 }

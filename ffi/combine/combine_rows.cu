@@ -7,6 +7,7 @@
 #include "combine/combine_rows.h"
 #include "combine/frame.cuh"
 #include "combine/row_sum.cuh"
+#include "device/load.h"
 #include "device/wait.cuh"
 
 namespace jax_ep {
@@ -174,9 +175,7 @@ Kernel KernelFor(RowDtype dtype, bool weighted) {
 cudaError_t LoadCombineRows() {
   for (RowDtype dtype : {RowDtype::kBfloat16, RowDtype::kFloat16, RowDtype::kFloat32}) {
     for (bool weighted : {false, true}) {
-      cudaFuncAttributes attributes;
-      const auto* kernel = reinterpret_cast<const void*>(KernelFor(dtype, weighted));
-      if (cudaError_t error = cudaFuncGetAttributes(&attributes, kernel); error != cudaSuccess) return error;
+      if (cudaError_t error = LoadKernel(KernelFor(dtype, weighted)); error != cudaSuccess) return error;
     }
   }
   return cudaSuccess;

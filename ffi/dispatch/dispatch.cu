@@ -8,6 +8,7 @@
 // warps of all blocks pull.
 #include <algorithm>
 
+#include "device/load.h"
 #include "dispatch/clear.cuh"
 #include "dispatch/copy.cuh"
 #include "dispatch/notify.cuh"
@@ -239,11 +240,7 @@ bool DispatchFits(const DispatchParams& p, int num_ranks) {
 cudaError_t LoadDispatch() {
   for (const auto kernel :
        {DispatchKernel<Way::kPush>, DispatchKernel<Way::kPushEncoded>, DispatchKernel<Way::kPull>}) {
-    cudaFuncAttributes attributes;
-    if (cudaError_t error = cudaFuncGetAttributes(&attributes, kernel); error != cudaSuccess) return error;
-    const cudaError_t error =
-        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kMaxDynamicShared);
-    if (error != cudaSuccess) return error;
+    if (cudaError_t error = LoadKernel(kernel, kMaxDynamicShared); error != cudaSuccess) return error;
   }
   return cudaSuccess;
 }

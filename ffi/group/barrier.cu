@@ -1,5 +1,6 @@
 // The barrier kernel: one warp a rank, lane 0 of the flags. `came` is how many ranks have come, 0 after a failure. And
 // the kernels that begin a generation and tell who is masked.
+#include "device/load.h"
 #include "device/wait.cuh"
 #include "group/barrier.h"
 
@@ -66,10 +67,9 @@ cudaError_t LaunchIsDead(const DeadDevices& dead_devices, int count, const int32
 }
 
 cudaError_t LoadBarrier() {
-  cudaFuncAttributes attributes;
-  if (cudaError_t error = cudaFuncGetAttributes(&attributes, BeginGenerationKernel); error != cudaSuccess) return error;
-  if (cudaError_t error = cudaFuncGetAttributes(&attributes, IsDeadKernel); error != cudaSuccess) return error;
-  return cudaFuncGetAttributes(&attributes, BarrierKernel);
+  if (cudaError_t error = LoadKernel(BeginGenerationKernel); error != cudaSuccess) return error;
+  if (cudaError_t error = LoadKernel(IsDeadKernel); error != cudaSuccess) return error;
+  return LoadKernel(BarrierKernel);
 }
 
 }  // namespace jax_ep

@@ -6,6 +6,7 @@
 
 #include "combine/clear.cuh"
 #include "combine/row_sum.cuh"
+#include "device/load.h"
 #include "halves/landing.cuh"
 #include "halves/push.h"
 
@@ -201,12 +202,11 @@ cudaError_t LaunchCombineDone(const CombineParams& params, const HalfParams& hal
 }
 
 cudaError_t LoadCombineHalves() {
-  const auto load = [](Kernel kernel) { return LoadKernel(reinterpret_cast<const void*>(kernel)); };
   for (RowDtype dtype : {RowDtype::kBfloat16, RowDtype::kFloat16, RowDtype::kFloat32}) {
     for (bool weighted : {false, true}) {
-      if (cudaError_t error = load(StageFor(dtype, weighted)); error != cudaSuccess) return error;
+      if (cudaError_t error = LoadKernel(StageFor(dtype, weighted)); error != cudaSuccess) return error;
     }
-    if (cudaError_t error = load(DoneFor(dtype)); error != cudaSuccess) return error;
+    if (cudaError_t error = LoadKernel(DoneFor(dtype)); error != cudaSuccess) return error;
   }
   return cudaSuccess;
 }

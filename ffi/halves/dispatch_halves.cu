@@ -4,6 +4,7 @@
 //   done    blocks take (chunk, source) after (chunk, source): each row to all its places here; between, zero rows
 #include <algorithm>
 
+#include "device/load.h"
 #include "dispatch/zero.cuh"
 #include "halves/landing.cuh"
 #include "halves/push.h"
@@ -249,9 +250,8 @@ cudaError_t LaunchDispatchDone(const DispatchParams& params, const HalfParams& h
 }
 
 cudaError_t LoadDispatchHalves() {
-  if (cudaError_t error = LoadKernel(reinterpret_cast<const void*>(StageDispatchKernel)); error != cudaSuccess)
-    return error;
-  return LoadKernel(reinterpret_cast<const void*>(DispatchDoneKernel));
+  if (cudaError_t error = LoadKernel(StageDispatchKernel); error != cudaSuccess) return error;
+  return LoadKernel(DispatchDoneKernel);
 }
 
 }  // namespace jax_ep

@@ -129,10 +129,4 @@ inline void CutRows(const LandingLayout& layout, int64_t num_sources, int* num_g
   *group_bytes = RoundUpTo(DivideUp(layout.row_bytes, *num_groups), 512);
 }
 
-// So that a kernel's first launch allocates nothing.
-inline cudaError_t LoadKernel(const void* kernel) {
-  cudaFuncAttributes attributes;
-  return cudaFuncGetAttributes(&attributes, kernel);
-}
-
 }  // namespace jax_ep

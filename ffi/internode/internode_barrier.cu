@@ -1,4 +1,5 @@
 // barrier over nodes: no rank leaves before every rank has come. `came` is how many have, 0 after a failure.
+#include "device/load.h"
 #include "internode/internode.h"
 #include "internode/link.cuh"
 
@@ -15,10 +16,7 @@ __global__ void InternodeBarrierKernel(const GroupView* group, const __grid_cons
 
 }  // namespace
 
-cudaError_t LoadInternodeBarrier() {
-  cudaFuncAttributes attributes;
-  return cudaFuncGetAttributes(&attributes, InternodeBarrierKernel);
-}
+cudaError_t LoadInternodeBarrier() { return LoadKernel(InternodeBarrierKernel); }
 
 cudaError_t LaunchInternodeBarrier(const GroupView* group, const InternodeView& view, bool refused, int32_t* came,
                                    cudaStream_t stream) {

@@ -11,6 +11,7 @@
 #include <algorithm>
 
 #include "combine/clear.cuh"
+#include "combine/instances.cuh"
 #include "combine/terms.cuh"
 #include "device/warp.cuh"
 #include "internode/internode.h"
@@ -20,8 +21,6 @@
 
 namespace jax_ep {
 namespace {
-
-constexpr int kWide = 4;  // vectors that a lane has of what is added at once; one where an adder's part is shorter
 
 struct InternodeCombinePlan {
   CombineParams combine;
@@ -477,43 +476,18 @@ __global__ void __launch_bounds__(kInternodeThreads, 1)
   }
 }
 
-struct Launch {
-  void (*kernel)(InternodeCombinePlan);
-  int shared_bytes;
+struct Kernels {
+  static constexpr int kWide =
+      4;  // vectors that a lane has of what is added at once; one where an adder's part is shorter
+  template <class T, bool kWeighted, int V>
+  static Instance<InternodeCombinePlan> Of() {
+    return {InternodeCombineKernel<T, kWeighted, V>, kTaskWarps * int{sizeof(SumShared<V>)}};
+  }
 };
-
-template <class T, bool kWeighted>
-Launch LaunchFor(bool wide) {
-  if (wide) return {InternodeCombineKernel<T, kWeighted, kWide>, kTaskWarps * int{sizeof(SumShared<kWide>)}};
-  return {InternodeCombineKernel<T, kWeighted, 1>, kTaskWarps * int{sizeof(SumShared<1>)}};
-}
-
-template <class T>
-Launch LaunchFor(bool weighted, bool wide) {
-  return weighted ? LaunchFor<T, true>(wide) : LaunchFor<T, false>(wide);
-}
-
-Launch LaunchFor(RowDtype dtype, bool weighted, bool wide) {
-  if (dtype == RowDtype::kBfloat16) return LaunchFor<__nv_bfloat16>(weighted, wide);
-  if (dtype == RowDtype::kFloat16) return LaunchFor<__half>(weighted, wide);
-  return LaunchFor<float>(weighted, wide);
-}
 
 }  // namespace
 
-cudaError_t LoadInternodeCombine() {
-  for (RowDtype dtype : {RowDtype::kBfloat16, RowDtype::kFloat16, RowDtype::kFloat32}) {
-    for (int i = 0; i < 4; ++i) {
-      const Launch launch = LaunchFor(dtype, i / 2, i % 2);
-      const auto* kernel = reinterpret_cast<const void*>(launch.kernel);
-      const auto attribute = cudaFuncAttributeMaxDynamicSharedMemorySize;
-      if (cudaError_t error = cudaFuncSetAttribute(kernel, attribute, launch.shared_bytes); error != cudaSuccess) {
-        return error;
-      }
-    }
-  }
-  return cudaSuccess;
-}
+cudaError_t LoadInternodeCombine() { return LoadInstances<Kernels>(); }
 
 cudaError_t LaunchInternodeCombine(const CombineParams& params, const InternodeView& view,
                                    const InternodeConfig& config, cudaStream_t stream) {
@@ -530,8 +504,8 @@ cudaError_t LaunchInternodeCombine(const CombineParams& params, const InternodeV
   plan.messages = PlanMessages(params.row_bytes, 0, header_bytes, plan.lanes, num_ranks, view.box_bytes);
   if (static_cast<int64_t>(params.num_tokens) * plan.messages.num_pieces >= kMaxSteps) return cudaErrorInvalidValue;
   const int64_t shortest = std::min(params.row_bytes, plan.messages.piece_bytes) / plan.tasks.adders;
-  const Launch launch = LaunchFor(params.dtype, params.weights != nullptr, shortest >= 512 * kWide);
-  launch.kernel<<<plan.lanes.num_blocks, kInternodeThreads, launch.shared_bytes, stream>>>(plan);
+  const auto instance = InstanceFor<Kernels>(params.dtype, params.weights != nullptr, shortest >= 512 * Kernels::kWide);
+  instance.kernel<<<plan.lanes.num_blocks, kInternodeThreads, instance.shared_bytes, stream>>>(plan);
   return cudaGetLastError();
 }
 

@@ -12,6 +12,7 @@
 
 #include "combine/clear.cuh"
 #include "combine/vector.cuh"
+#include "device/load.h"
 #include "low_latency/logfmt_lines.cuh"
 
 namespace jax_ep {
@@ -548,9 +549,8 @@ int64_t LowLatencyCombineBytes(const CombineParams& p, int num_ranks, bool logfm
 cudaError_t LoadLowLatencyCombine() {
   for (RowDtype dtype : {RowDtype::kBfloat16, RowDtype::kFloat16, RowDtype::kFloat32}) {
     for (int kind = 0; kind < 4; ++kind) {
-      cudaFuncAttributes attributes;
-      const auto* kernel = reinterpret_cast<const void*>(KernelFor(dtype, kind % 2 != 0, kind / 2 != 0));
-      if (cudaError_t error = cudaFuncGetAttributes(&attributes, kernel); error != cudaSuccess) return error;
+      const Kernel kernel = KernelFor(dtype, kind % 2 != 0, kind / 2 != 0);
+      if (cudaError_t error = LoadKernel(kernel); error != cudaSuccess) return error;
     }
   }
   return cudaSuccess;
