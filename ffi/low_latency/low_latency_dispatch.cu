@@ -9,6 +9,7 @@
 //   all      then jobs  the places; lines                         results
 #include <algorithm>
 
+#include "device/load.h"
 #include "device/quantize.cuh"
 #include "low_latency/places.cuh"
 
@@ -361,39 +362,41 @@ __device__ __forceinline__ void AwaitPlaces() { asm volatile("bar.sync 3, %0;" :
 struct Jobs {
   int own;             // pieces of own rows
   int padding, zeros;  // pieces of rows without a token: between groups, by group; then also behind them, by kZeroRows
-  int routing;         // counts, then tokens whose places are written
+  int routing;         // counts, then own tokens, whose places everywhere are written
   int lines;           // pieces of rows that come as lines
   bool all_are_first;
 
   __device__ Jobs(const DispatchWork& work, const ArenaCall& call, const PlacesShared& places) {
     const DispatchParams& p = work.params;
-    const int pieces = work.lines.record > 0 ? p.num_tokens * work.cut.pieces : 0;
+    // The first piece of a token's row writes what of its choices is here: also where there are no rows.
+    const int pieces = work.lines.record > 0 || work.has_table() ? p.num_tokens * work.cut.pieces : 0;
     const bool is_padded = p.layout == Layout::kBatched || (p.layout == Layout::kExpert && p.expert_alignment > 1);
     const bool has_zeros = work.lines.record > 0 || p.recv_topk_idx != nullptr;
     const int behind = p.layout == Layout::kBatched ? 0 : max(p.max_recv_tokens - places.words->end, 0);
     own = work.own_lines ? 0 : pieces;
     padding = has_zeros && is_padded ? work.num_local * work.zero_pieces : 0;
     zeros = padding + (has_zeros ? (behind + kZeroRows - 1) / kZeroRows * work.zero_pieces : 0);
-    routing = work.has_table() ? 1 + call.num_ranks * p.num_tokens : 0;
+    routing = work.has_table() ? 1 + p.num_tokens : 0;
     lines = work.num_sources * pieces;
     // A receiver's first job has its number: a counter that all warps ask at once takes long.
     all_are_first = own + zeros + routing + lines <= kReceivers * static_cast<int>(gridDim.x);
   }
 };
 
-enum class Kind : int { kNothing, kOwnRow, kZeros, kCounts, kRouting, kLines, kAbsent, kNone };
+enum class Kind : int { kNothing, kOwnRow, kZeros, kCounts, kSlots, kLines, kAbsent, kNone };
 
 struct Job {
   Kind kind;
   int source, token, piece;
-  int row;  // where this lane's choice goes here, -1: nowhere; of rows
+  int row;           // where this lane's choice goes here, -1: nowhere; of kSlots on its rank
+  int expert, rank;  // of a token whose table is here
 };
 
 __device__ __forceinline__ Job TakeJob(const DispatchWork& work, const ArenaCall& call, const PlacesShared& places,
                                        const Jobs& jobs, bool is_first) {
   const DispatchParams& p = work.params;
   const int lane = threadIdx.x % 32;
-  Job job{Kind::kNone, call.rank, 0, 0, -1};
+  Job job{Kind::kNone, call.rank, 0, 0, -1, -1, -1};
   unsigned int ticket = ReceiverWarp();
   if (!is_first || ticket >= kReceivers) {
     if (jobs.all_are_first) return job;
@@ -408,9 +411,8 @@ __device__ __forceinline__ Job TakeJob(const DispatchWork& work, const ArenaCall
     job.kind = Kind::kZeros, job.piece = index;
     return job;
   } else if ((index -= jobs.zeros) < jobs.routing) {
-    job.kind = index == 0 ? Kind::kCounts : Kind::kRouting;
-    job.source = work.by_tokens(max(index - 1, 0)), job.token = index - 1 - job.source * p.num_tokens;
-    return job;
+    job.kind = index == 0 ? Kind::kCounts : Kind::kSlots, job.token = index - 1;
+    if (index == 0) return job;
   } else if ((index -= jobs.routing) < jobs.lines) {
     // In the order in which they leave.
     const int part = work.by_pieces(index);
@@ -423,7 +425,8 @@ __device__ __forceinline__ Job TakeJob(const DispatchWork& work, const ArenaCall
     return job;
   }
   if (work.has_table()) {
-    job.row = Find<Where::kHere>(work, call, places, job.source, job.token).row;
+    const Choice choice = Find(work, call, places, job.source, job.token, job.kind == Kind::kSlots);
+    job.row = choice.row, job.expert = choice.expert, job.rank = choice.rank;
   } else if (lane < p.num_topk) {
     job.row = p.recv_slot[(int64_t{job.source} * p.num_tokens + job.token) * p.num_topk + lane];
   }
@@ -470,22 +473,25 @@ __device__ __noinline__ void WriteZeros(const DispatchWork& work, PlacesShared p
   }
 }
 
-__device__ __noinline__ void WriteRouting(const DispatchWork& work, const ArenaCall& call, PlacesShared places,
-                                          int source, int token) {
+// Where an own token's choices went.
+__device__ __forceinline__ void WriteSlots(const DispatchWork& work, const ArenaCall& call, const Job& job) {
   const DispatchParams& p = work.params;
   const int lane = threadIdx.x % 32;
-  const Choice choice = Find<Where::kEverywhere>(work, call, places, source, token);
-  const int here = choice.rank == call.rank ? choice.row : -1, row = __reduce_max_sync(~0u, here);
+  int slot = job.row >= 0 ? job.rank * p.max_recv_tokens + job.row : -1;
+  if (job.rank >= 0 && call.IsDead(job.rank)) slot = kLost - job.rank;
+  if (lane < p.num_topk) p.slot[int64_t{job.token} * p.num_topk + lane] = slot;
+}
+
+// What of a token is here.
+__device__ __forceinline__ void WriteHere(const DispatchWork& work, const ArenaCall& call, const Job& job) {
+  const DispatchParams& p = work.params;
+  const int lane = threadIdx.x % 32, row = __reduce_max_sync(~0u, job.row);
   if (lane >= p.num_topk) return;
-  p.recv_slot[(int64_t{source} * p.num_tokens + token) * p.num_topk + lane] = here;
-  if (source == call.rank) {
-    int slot = choice.row >= 0 ? choice.rank * p.max_recv_tokens + choice.row : -1;
-    if (choice.rank >= 0 && call.IsDead(choice.rank)) slot = kLost - choice.rank;
-    p.slot[int64_t{token} * p.num_topk + lane] = slot;
-  }
-  if (p.layout == Layout::kRank && row >= 0)
+  p.recv_slot[(int64_t{job.source} * p.num_tokens + job.token) * p.num_topk + lane] = job.row;
+  if (p.layout == Layout::kRank && row >= 0) {
     p.recv_topk_idx[int64_t{row} * p.num_topk + lane] =
-        choice.rank == call.rank ? choice.expert - call.rank * work.num_local : -1;
+        job.rank == call.rank ? job.expert - call.rank * work.num_local : -1;
+  }
 }
 
 // False: some lines did not come.
@@ -493,9 +499,11 @@ __device__ __forceinline__ bool DoJobs(const DispatchWork& work, const ArenaCall
   const DispatchParams& p = work.params;
   const Jobs jobs(work, call, places);
   const int64_t source_bytes = work.lines.SourceBytes(p.num_tokens);
-  Job job{Kind::kNothing, 0, 0, 0, -1};
+  Job job{Kind::kNothing, 0, 0, 0, -1, -1, -1};
   while (job.kind != Kind::kNone) {
-    const bool moves_row = __any_sync(~0u, job.row >= 0), awaits = moves_row && job.kind == Kind::kLines;
+    const bool is_of_row = job.kind == Kind::kOwnRow || job.kind == Kind::kLines || job.kind == Kind::kAbsent;
+    const bool moves_row = is_of_row && work.lines.record > 0 && __any_sync(~0u, job.row >= 0);
+    const bool awaits = moves_row && job.kind == Kind::kLines;
     const int first_line = job.piece * work.cut.lines();
     uint4 bits[kMaxGroups];
     const char* place[kMaxGroups];
@@ -515,14 +523,15 @@ __device__ __forceinline__ bool DoJobs(const DispatchWork& work, const ArenaCall
       LoadPiece(work, job.token, first_line, bits);
     } else if (job.kind == Kind::kZeros) {
       WriteZeros(work, places, jobs.padding, job.piece);
-    } else if (job.kind == Kind::kRouting) {
-      WriteRouting(work, call, places, job.source, job.token);
+    } else if (job.kind == Kind::kSlots) {
+      WriteSlots(work, call, job);
     } else if (job.kind == Kind::kCounts) {
 #pragma unroll 1
       for (int e = threadIdx.x % 32; e < work.num_local; e += 32) p.counts[e] = places.total[e];
       if (threadIdx.x % 32 == 0) p.counts[work.num_local] = places.words->end;
     }
     // While the row is on its way.
+    if (is_of_row && work.has_table() && job.piece == 0) WriteHere(work, call, job);
     const Job next = TakeJob(work, call, places, jobs, job.kind == Kind::kNothing);
     if (awaits && !AwaitLines(call, place, bits, [&](int) { return job.source; }, job.token)) return false;
     if (moves_row) StorePiece(work, job.row, first_line, bits);
@@ -684,16 +693,11 @@ int64_t LowLatencyDispatchBytes(const DispatchParams& p, int num_ranks) {
 }
 
 cudaError_t LoadLowLatencyDispatch() {
-  const auto load = [](Kernel kernel) {
-    cudaFuncAttributes attributes;
-    const auto* function = reinterpret_cast<const void*>(kernel);
-    if (cudaError_t error = cudaFuncGetAttributes(&attributes, function); error != cudaSuccess) return error;
-    return cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, kMaxShared);
-  };
-  if (cudaError_t error = load(LowLatencyDispatchKernel<AsTheyAre>); error != cudaSuccess) return error;
+  if (cudaError_t error = LoadKernel(LowLatencyDispatchKernel<AsTheyAre>, kMaxShared); error != cudaSuccess)
+    return error;
   for (RowDtype dtype : {RowDtype::kBfloat16, RowDtype::kFloat16, RowDtype::kFloat32}) {
     for (Wire wire : {Wire::kFp8, Wire::kFp8Ue8m0, Wire::kMxfp8}) {
-      if (cudaError_t error = load(KernelFor(dtype, wire)); error != cudaSuccess) return error;
+      if (cudaError_t error = LoadKernel(KernelFor(dtype, wire), kMaxShared); error != cudaSuccess) return error;
     }
   }
   return cudaSuccess;

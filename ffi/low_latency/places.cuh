@@ -338,7 +338,8 @@ __device__ __forceinline__ void CountTokens(const DispatchWork& work, const Aren
       const uint32_t members = __ballot_sync(~0u, ranks >> rank & 1);
       if (lane == rank) count = __popc(members);
     }
-    if (lane < call.num_ranks) places.before[group * call.num_ranks + lane] = count;
+    if (num_groups == 1 && lane == call.rank) places.words->end = count;  // there is nothing to sum
+    if (lane < call.num_ranks) places.before[group * call.num_ranks + lane] = num_groups == 1 ? 0 : count;
   }
 }
 
@@ -394,8 +395,10 @@ __device__ __forceinline__ bool FindPlaces(const DispatchWork& work, const Arena
   Mark(Moment::kTablesHere);
   if (by_rank) {
     CountTokens(work, call, places);
-    SyncReceivers();
-    SumTokens(work, call, places);
+    if (PlacesShared::NumGroups(work, call.num_ranks) > 1) {
+      SyncReceivers();
+      SumTokens(work, call, places);
+    }
   } else {
     CountChoices(work, call, places);
     SyncReceivers();
@@ -409,15 +412,12 @@ __device__ __forceinline__ bool FindPlaces(const DispatchWork& work, const Arena
 // Where a token's choices go, one a lane.
 struct Choice {
   int expert, rank;  // -1: none
-  int row;           // there, -1: dropped. With Where::kHere only of choices that come here, else -1
+  int row;           // there, -1: dropped. If not `everywhere`, only of choices that come here, else -1
 };
 
-enum class Where { kHere, kEverywhere };
-
 // From what FindPlaces left, by one whole warp.
-template <Where kWhere>
 __device__ __forceinline__ Choice Find(const DispatchWork& work, const ArenaCall& call, const PlacesShared& places,
-                                       int source, int token) {
+                                       int source, int token, bool everywhere) {
   const DispatchParams& p = work.params;
   const int lane = threadIdx.x % 32, choice = token * p.num_topk + lane;
   Choice found{-1, -1, -1};
@@ -426,14 +426,14 @@ __device__ __forceinline__ Choice Find(const DispatchWork& work, const ArenaCall
   if (p.layout == Layout::kRank) {
     const int index = source * p.num_tokens + token, group = index / 32;
     const uint32_t ranks = places.ranks[group * 32 + lane], earlier = (1u << (index % 32)) - 1;
-    const int begin = kWhere == Where::kHere ? call.rank : 0, end = kWhere == Where::kHere ? begin + 1 : call.num_ranks;
+    const int begin = everywhere ? 0 : call.rank, end = everywhere ? call.num_ranks : begin + 1;
 #pragma unroll 1
     for (int rank = begin; rank < end; ++rank) {
       const uint32_t members = __ballot_sync(~0u, ranks >> rank & 1);
       const int row = places.before[group * call.num_ranks + rank] + __popc(members & earlier);
       if (found.rank == rank && row < p.max_recv_tokens) found.row = row;
     }
-  } else if (found.expert >= 0 && (kWhere == Where::kEverywhere || found.rank == call.rank)) {
+  } else if (found.expert >= 0 && (everywhere || found.rank == call.rank)) {
     const int line = source * work.lines.table + choice / kLineChoices;
     const int row = places.first[found.expert] + places.before[work.by_part(line) * p.num_experts + found.expert] +
                     places.index[line * kLineEntries + choice % kLineChoices];
