@@ -26,11 +26,14 @@ class Conveyor {
     } else {
       load_source_ = source, load_left_ = num_bytes;
     }
-    while (loaded_ < kConveyorStages - 1 && load_left_ > 0) Load();
+    // The last stage is being stored from, but before the first row is.
+    const int free = is_first_ ? kConveyorStages : kConveyorStages - 1;
+    while (loaded_ < free && load_left_ > 0) Load();
   }
   // Stores the row whose turn it is at each lane's `target`, if that is not null: under way when this returns, for
   // WaitBulkDone, in a bulk group a stage.
   __device__ __forceinline__ void Finish(char* target, int64_t num_bytes) {
+    is_first_ = false;
     for (int64_t stored = 0; stored < num_bytes; stored += stage_bytes_) {
       WaitMbarrier(full_ + out_, parity_);
       const auto size = static_cast<uint32_t>(min(static_cast<int64_t>(stage_bytes_), num_bytes - stored));
@@ -38,7 +41,7 @@ class Conveyor {
       CommitBulkGroup();
       if (++out_ == kConveyorStages) out_ = 0, parity_ ^= 1;
       --loaded_;
-      if (load_left_ > 0) Load();
+      if (load_left_ > 0 && loaded_ < kConveyorStages - 1) Load();
     }
   }
   // Forgets what has begun. Nothing may land in shared memory after the block has gone.
@@ -73,6 +76,7 @@ class Conveyor {
   int64_t load_left_ = 0, next_left_ = 0;
   int in_ = 0, out_ = 0, loaded_ = 0;  // stages; how many are loaded and not stored
   uint32_t parity_ = 0;
+  bool is_first_ = true;
 };
 
 }  // namespace jax_ep

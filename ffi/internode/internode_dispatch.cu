@@ -13,6 +13,7 @@
 // Nobody waits for another warp's wait: readers always read, so slots are freed, so senders send.
 #include <algorithm>
 
+#include "device/load.h"
 #include "dispatch/clear.cuh"
 #include "dispatch/notify.cuh"
 #include "dispatch/zero.cuh"
@@ -133,11 +134,9 @@ __device__ __forceinline__ int UnitOf(int64_t row_bytes) {
   return row_bytes % 16 == 0 ? 16 : row_bytes % 4 == 0 ? 4 : 1;
 }
 
-// The three that move rows are functions of their own, for the registers: each takes the conveyor and hands it on.
-
 // This lane's tokens to one node, each once; those that only this rank wants stay.
-__device__ __noinline__ Conveyor SendToNode(const InternodeDispatchPlan& plan, const Call& call, Conveyor conveyor,
-                                            Poster& poster, int lane_number, int node) {
+__device__ __forceinline__ void SendToNode(const InternodeDispatchPlan& plan, const Call& call, Conveyor& conveyor,
+                                           Poster& poster, int lane_number, int node) {
   const DispatchParams& p = plan.dispatch.params;
   const InternodeView& view = plan.view;
   const Nodes& nodes = view.nodes;
@@ -201,10 +200,7 @@ __device__ __noinline__ Conveyor SendToNode(const InternodeDispatchPlan& plan, c
     const int next_piece = ends ? 0 : piece + 1;
     begin(next.token, next_piece);
     char* const message = out.Next();
-    if (message == nullptr) {
-      conveyor.Drop();
-      return conveyor;
-    }
+    if (message == nullptr) return conveyor.Drop();
     if (lane == 0) *reinterpret_cast<int4*>(message) = make_int4(now.token, piece, 0, 0);
     const Choices choices(message, p.num_topk);
     if (lane < p.num_topk) {
@@ -224,7 +220,6 @@ __device__ __noinline__ Conveyor SendToNode(const InternodeDispatchPlan& plan, c
     now = next, piece = next_piece;
   }
   out.Finish();
-  return conveyor;
 }
 
 // What came for this node into this rank's inbox is there for all its ranks.
@@ -396,8 +391,8 @@ struct PartsOfOwnTokens {
 };
 
 // This rank's rows of another, from the inbox of the rank of this node on that source's rail.
-__device__ __noinline__ Conveyor ReadSource(const InternodeDispatchPlan& plan, const Call& call, Conveyor conveyor,
-                                            Poster& poster, int lane_number, int source) {
+__device__ __forceinline__ void ReadSource(const InternodeDispatchPlan& plan, const Call& call, Conveyor& conveyor,
+                                           Poster& poster, int lane_number, int source) {
   const InternodeView& view = plan.view;
   const Nodes& nodes = view.nodes;
   const int node = nodes.node[source], own_node = nodes.node[call.rank];
@@ -408,10 +403,9 @@ __device__ __noinline__ Conveyor ReadSource(const InternodeDispatchPlan& plan, c
   ReadChunks(call, view, plan.messages, ring, flags, source, lane_number, poster, [&](const char* chunk, int count) {
     TakeParts(PartsOfChunk{plan, call.rank, chunk, count}, call, conveyor, source);
   });
-  return conveyor;
 }
 
-__device__ __noinline__ void CopyOwnRows(const InternodeDispatchPlan& plan, const Call& call, Conveyor conveyor) {
+__device__ __forceinline__ void CopyOwnRows(const InternodeDispatchPlan& plan, const Call& call, Conveyor& conveyor) {
   const int num_warps = kTaskWarps * static_cast<int>(gridDim.x), num_tokens = plan.dispatch.params.num_tokens;
   const int warp = static_cast<int>(threadIdx.x) / 32 * static_cast<int>(gridDim.x) + static_cast<int>(blockIdx.x);
   if (num_tokens <= num_warps) {
@@ -423,6 +417,58 @@ __device__ __noinline__ void CopyOwnRows(const InternodeDispatchPlan& plan, cons
   WaitBulkDone<0>();
 }
 
+// With many tokens the three that move rows are functions of their own, as one that had all would run out of registers.
+// With few tokens the time until all is under way counts, and in functions the plan is read through memory: there they
+// are part of the kernel.
+template <bool kFew>
+struct Roles {
+  static __device__ __forceinline__ void Send(const InternodeDispatchPlan& plan, const Call& call, Conveyor& conveyor,
+                                              Poster& poster, int lane_number, int node) {
+    SendToNode(plan, call, conveyor, poster, lane_number, node);
+  }
+  static __device__ __forceinline__ void Read(const InternodeDispatchPlan& plan, const Call& call, Conveyor& conveyor,
+                                              Poster& poster, int lane_number, int source) {
+    ReadSource(plan, call, conveyor, poster, lane_number, source);
+  }
+  static __device__ __forceinline__ void CopyOwn(const InternodeDispatchPlan& plan, const Call& call,
+                                                 Conveyor& conveyor) {
+    CopyOwnRows(plan, call, conveyor);
+  }
+};
+
+template <>
+struct Roles<false> {
+  static __device__ __forceinline__ void Send(const InternodeDispatchPlan& plan, const Call& call, Conveyor& conveyor,
+                                              Poster& poster, int lane_number, int node) {
+    conveyor = SendApart(plan, call, conveyor, poster, lane_number, node);
+  }
+  static __device__ __forceinline__ void Read(const InternodeDispatchPlan& plan, const Call& call, Conveyor& conveyor,
+                                              Poster& poster, int lane_number, int source) {
+    conveyor = ReadApart(plan, call, conveyor, poster, lane_number, source);
+  }
+  static __device__ __forceinline__ void CopyOwn(const InternodeDispatchPlan& plan, const Call& call,
+                                                 Conveyor& conveyor) {
+    CopyOwnApart(plan, call, conveyor);
+  }
+
+ private:  // each takes the conveyor and hands it on: by reference it would lie in memory
+  static __device__ __noinline__ Conveyor SendApart(const InternodeDispatchPlan& plan, const Call& call,
+                                                    Conveyor conveyor, Poster& poster, int lane_number, int node) {
+    SendToNode(plan, call, conveyor, poster, lane_number, node);
+    return conveyor;
+  }
+  static __device__ __noinline__ Conveyor ReadApart(const InternodeDispatchPlan& plan, const Call& call,
+                                                    Conveyor conveyor, Poster& poster, int lane_number, int source) {
+    ReadSource(plan, call, conveyor, poster, lane_number, source);
+    return conveyor;
+  }
+  static __device__ __noinline__ void CopyOwnApart(const InternodeDispatchPlan& plan, const Call& call,
+                                                   Conveyor conveyor) {
+    CopyOwnRows(plan, call, conveyor);
+  }
+};
+
+template <bool kFew>
 __global__ void __launch_bounds__(kInternodeThreads, 1)
     InternodeDispatchKernel(const __grid_constant__ InternodeDispatchPlan plan) {
   extern __shared__ __align__(128) char dynamic[];
@@ -465,16 +511,16 @@ __global__ void __launch_bounds__(kInternodeThreads, 1)
       // There is no such lane.
     } else if (reader >= 0) {
       const int source = (call.rank + call.num_ranks - 1 - reader) % call.num_ranks;
-      conveyor = ReadSource(plan, call, conveyor, poster, lane_number, source);
+      Roles<kFew>::Read(plan, call, conveyor, poster, lane_number, source);
     } else if (task >= plan.tasks.senders) {
       Announce(plan, call, lane_number);
     } else {
       // Other nodes first: the own one, if it has other ranks, is the last task.
       const int node = (nodes.node[call.rank] + 1 + task) % nodes.num_nodes;
-      conveyor = SendToNode(plan, call, conveyor, poster, lane_number, node);
+      Roles<kFew>::Send(plan, call, conveyor, poster, lane_number, node);
     }
     poster.Close();
-    CopyOwnRows(plan, call, conveyor);
+    Roles<kFew>::CopyOwn(plan, call, conveyor);
   }
   WaitBulkDone<0>();
   if (IsLastBlock(call)) {
@@ -484,25 +530,13 @@ __global__ void __launch_bounds__(kInternodeThreads, 1)
   }
 }
 
-// How the rows of all messages are written by a Conveyor: in a group a stage.
-Written WrittenBy(const Messages& messages, int64_t row_bytes, int stage_bytes) {
-  const int64_t shortest = row_bytes - (messages.num_pieces - 1) * messages.piece_bytes;
-  if (shortest > 3ll * stage_bytes) return Written::kByFourGroups;
-  return shortest > stage_bytes ? Written::kByTwoGroups : shortest > 0 ? Written::kByOneGroup : Written::kByAnyGroups;
-}
-
 }  // namespace
 
 cudaError_t LoadInternodeDispatch() {
-  cudaFuncAttributes attributes;
-  if (cudaError_t error = cudaFuncGetAttributes(&attributes, InternodeDispatchKernel); error != cudaSuccess)
-    return error;
-  if (cudaError_t error = cudaFuncGetAttributes(&attributes, InternodeNotifyKernel); error != cudaSuccess) return error;
-  if (cudaError_t error =
-          cudaFuncSetAttribute(InternodeDispatchKernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kMaxDynamicShared);
-      error != cudaSuccess)
-    return error;
-  return cudaFuncSetAttribute(InternodeNotifyKernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kMaxDynamicShared);
+  for (const auto kernel : {InternodeDispatchKernel<true>, InternodeDispatchKernel<false>, InternodeNotifyKernel}) {
+    if (cudaError_t error = LoadKernel(kernel, kMaxDynamicShared); error != cudaSuccess) return error;
+  }
+  return cudaSuccess;
 }
 
 cudaError_t LaunchInternodeDispatch(const DispatchParams& params, const InternodeView& view,
@@ -534,7 +568,8 @@ cudaError_t LaunchInternodeDispatch(const DispatchParams& params, const Internod
   plan.stages_offset = static_cast<int>(zero_shared);
   plan.stage_bytes = static_cast<int>(
       std::min({std::max<int64_t>(plan.messages.piece_bytes, 128), int64_t{kMostStageBytes}, with_room}));
-  plan.written = WrittenBy(plan.messages, row_bytes, plan.stage_bytes);
+  const int64_t shortest = row_bytes - (plan.messages.num_pieces - 1) * plan.messages.piece_bytes;
+  plan.written = WrittenInGroups(shortest, plan.stage_bytes);
   const int64_t dispatch_shared = zero_shared + int64_t{kTaskWarps} * kConveyorStages * plan.stage_bytes;
   if (params.operation != kDispatchCached) {
     const int64_t scratch = std::max(kRouteWarps * 32 * num_ranks, params.num_experts + num_ranks);
@@ -546,7 +581,8 @@ cudaError_t LaunchInternodeDispatch(const DispatchParams& params, const Internod
         plan);
     if (cudaError_t error = cudaGetLastError(); error != cudaSuccess) return error;
   }
-  InternodeDispatchKernel<<<plan.lanes.num_blocks, kInternodeThreads, dispatch_shared, stream>>>(plan);
+  const auto kernel = plan.lanes.few_tokens ? InternodeDispatchKernel<true> : InternodeDispatchKernel<false>;
+  kernel<<<plan.lanes.num_blocks, kInternodeThreads, dispatch_shared, stream>>>(plan);
   return cudaGetLastError();
 }
 

@@ -51,21 +51,27 @@ inline int DispatchRings(int num_nodes, int ranks_per_node) {
 }
 
 // Of a lane of a combine: a sender for each other rank, a relay where ranks send through others, and adders, each of
-// its part of the columns: as many as there are ranks, whose rows they add, unless rows are short; one where that gives
-// every token a lane of its own.
+// its part of the columns.
 struct CombineTasks {
   int senders, relays, adders;
 
   __host__ __device__ int count() const { return senders + relays + adders; }
 };
-inline CombineTasks CombineTasksOf(int num_nodes, int ranks_per_node, bool all_mapped, int num_tokens,
-                                   int64_t row_bytes) {
+// Adders are as many as can be, unless rows are short. But where senders add too, they need as many warps as the
+// adders: as many of these as ranks then, whose sums they add; with few tokens one, if that gives every token a lane of
+// its own, or again as many as can be, if there are warps for that.
+inline CombineTasks CombineTasksOf(int num_nodes, int ranks_per_node, bool all_mapped, int num_sms, int num_tokens,
+                                   int64_t row_bytes, bool one_row_a_rank) {
   constexpr int64_t kLeastAdderBytes = 2048;
   const int num_ranks = num_nodes * ranks_per_node;
   const bool through_others = !all_mapped && num_nodes > 1 && ranks_per_node > 1;
-  const int most = num_ranks == 2 && num_tokens <= kMaxInternodeLanes ? 1 : kMaxAdders;
-  const int64_t adders = std::min<int64_t>({num_ranks, most, row_bytes / kLeastAdderBytes});
-  return {num_ranks - 1, through_others ? 1 : 0, static_cast<int>(std::max<int64_t>(adders, 1))};
+  const int others = num_ranks - 1 + (through_others ? 1 : 0);
+  int64_t adders = kMaxAdders;
+  if (!one_row_a_rank && int64_t{num_tokens} * (others + kMaxAdders) > int64_t{num_sms} * kTaskWarps) {
+    adders = num_ranks == 2 && num_tokens <= kMaxInternodeLanes ? 1 : std::min(num_ranks, kMaxAdders);
+  }
+  adders = std::max<int64_t>(std::min(adders, row_bytes / kLeastAdderBytes), 1);
+  return {num_ranks - 1, through_others ? 1 : 0, static_cast<int>(adders)};
 }
 
 // Bytes in front of a dispatch's rows: {token, piece}, and of each choice slot, expert and gate.

@@ -47,6 +47,13 @@ struct Stream {
 // How messages are written: by stores; or by bulk copies, in at least so many groups each.
 enum class Written { kByStores, kByAnyGroups, kByOneGroup, kByTwoGroups, kByFourGroups };
 
+// Of messages whose shortest row has so many bytes, written by a Conveyor: in a group a stage.
+inline Written WrittenInGroups(int64_t shortest_row, int stage_bytes) {
+  if (shortest_row > 3ll * stage_bytes) return Written::kByFourGroups;
+  if (shortest_row > stage_bytes) return Written::kByTwoGroups;
+  return shortest_row > 0 ? Written::kByOneGroup : Written::kByAnyGroups;
+}
+
 // The writing end of a ring; one whole warp. Messages are reserved ahead and added in the same order.
 class Outgoing {
  public:

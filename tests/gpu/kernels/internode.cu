@@ -2,6 +2,7 @@
 // where there are fewer GPUs than ranks, nodes pretended, and the network stores to rooms of the same process.
 //
 //   internode check [seed count]   named and random cases on many shapes of nodes against oracle.h, bitwise, each twice
+//   internode small                a few small cases, for compute-sanitizer
 //   internode timeout              one rank does not call: the others must say so, and later calls must be right
 //   internode bench                DeepSeek-V3's layer, 4096 tokens, and 128 and 1 in one hop: time of a call, bytes to
 //                                  other nodes
@@ -90,7 +91,7 @@ struct NodeRanks {
       CHECK_CUDA(cudaSetDevice(devices[i]));
       CHECK_CUDA(cudaMalloc(reinterpret_cast<void**>(&rooms[i]), RoomBytes(num_ranks)));
       CHECK_CUDA(cudaMemset(rooms[i], 0, RoomBytes(num_ranks)));
-      CHECK_CUDA(cudaStreamCreateWithFlags(&streams[i], cudaStreamNonBlocking));
+      streams[i] = StreamOf(i);
       CHECK_CUDA(LoadInternodeDispatch());
       CHECK_CUDA(LoadInternodeCombine());
       CHECK_CUDA(LoadInternodeBarrier());
@@ -206,6 +207,34 @@ int Check(int argc, char** argv) {
   return ok && wrong == 0 ? 0 : 1;
 }
 
+int Small() {
+  bool ok = true;
+  for (const std::vector<int>& nodes : {std::vector<int>{0, 1}, std::vector<int>{0, 0, 1, 1}}) {
+    for (const Case& c : SmallCases(static_cast<int>(nodes.size()))) {
+      for (bool direct : {false, true}) ok &= CheckOnNodes(nodes, c, direct, direct, 1 << 20);
+    }
+  }
+  std::printf("%s\n", ok ? "INTERNODE SMALL OK" : "INTERNODE SMALL FAILED");
+  return ok ? 0 : 1;
+}
+
+// Of every rank: a routing, some rows and gates.
+std::vector<Arrays> MakeOperands(const Case& c, const NodeRanks& ranks, const std::vector<RankRouting>& routing,
+                                 std::vector<std::unique_ptr<Memory>>* memory) {
+  std::vector<Arrays> arrays;
+  for (int r = 0; r < c.num_ranks; ++r) {
+    memory->push_back(std::make_unique<Memory>(ranks.ranks.device[r]));
+    Memory& own = *memory->back();
+    arrays.push_back(MakeArrays(c, own, ranks.ranks.group.view(r), true));
+    DispatchParams& d = arrays[r].dispatch;
+    d.topk_idx = own.Put(routing[r].topk_idx);
+    d.rows[0].x = own.Make<char>(c.num_tokens * c.row_bytes(), 1);
+    d.topk_weights = own.Make<float>(c.choices(), 0);
+    CHECK_CUDA(cudaDeviceSynchronize());
+  }
+  return arrays;
+}
+
 int Timeout() {
   Group::SetTimeout(0.5);
   const std::vector<int> nodes = {0, 0, 1, 1};
@@ -218,16 +247,7 @@ int Timeout() {
   for (int missing = 0; missing < R; missing += 3) {
     for (bool late : {false, true}) {
       std::vector<std::unique_ptr<Memory>> memory;
-      std::vector<Arrays> arrays;
-      for (int r = 0; r < R; ++r) {
-        memory.push_back(std::make_unique<Memory>(ranks.ranks.device[r]));
-        arrays.push_back(MakeArrays(c, *memory[r], ranks.ranks.group.view(r), true));
-        DispatchParams& d = arrays[r].dispatch;
-        d.topk_idx = memory[r]->Put(routing[r].topk_idx);
-        d.rows[0].x = memory[r]->Make<char>(c.num_tokens * c.row_bytes(), 1);
-        d.topk_weights = memory[r]->Make<float>(c.choices(), 0);
-        CHECK_CUDA(cudaDeviceSynchronize());
-      }
+      const std::vector<Arrays> arrays = MakeOperands(c, ranks, routing, &memory);
       const auto launch = [&](int r) {
         CHECK_CUDA(cudaSetDevice(ranks.ranks.device[r]));
         CHECK_CUDA(LaunchInternodeDispatch(arrays[r].dispatch, ranks.views[r], {}, ranks.ranks.stream[r]));
@@ -281,14 +301,8 @@ bool BenchCase(const std::vector<int>& nodes, Case c, bool direct, bool puts, co
   const NodeCalls calls{ranks.views, direct, puts, BoxBytes(R)};
   const auto routing = Route(c);
   std::vector<std::unique_ptr<Memory>> memory;
-  std::vector<Arrays> arrays;
+  std::vector<Arrays> arrays = MakeOperands(c, ranks, routing, &memory);
   for (int r = 0; r < R; ++r) {
-    memory.push_back(std::make_unique<Memory>(ranks.ranks.device[r]));
-    arrays.push_back(MakeArrays(c, *memory[r], ranks.ranks.group.view(r), true));
-    DispatchParams& d = arrays[r].dispatch;
-    d.topk_idx = memory[r]->Put(routing[r].topk_idx);
-    d.rows[0].x = memory[r]->Make<char>(c.num_tokens * c.row_bytes(), 1);
-    d.topk_weights = memory[r]->Make<float>(c.choices(), 0);
     CombineParams& p = arrays[r].combine;
     p.y = memory[r]->Make<char>(c.capacity * c.row_bytes(), 1);
     p.weights = c.layout == Layout::kRank ? nullptr : memory[r]->Make<float>(c.capacity, 0);
@@ -368,8 +382,9 @@ int main(int argc, char** argv) {
   setenv("CUDA_DEVICE_MAX_CONNECTIONS", "32", 1);
   CHECK_CUDA(cudaGetDeviceCount(&g_num_devices));
   const std::string what = argc > 1 ? argv[1] : "";
-  Group::SetTimeout(4);
+  Group::SetTimeout(what == "small" ? 60 : 4);
   int result = 1;
+  if (what == "small") result = Small();
   if (what == "check") result = Check(argc, argv);
   if (what == "timeout") result = Timeout();
   if (what == "bench") result = Bench();

@@ -56,6 +56,18 @@ class Memory {
   std::vector<void*> blocks_;
 };
 
+// A rank's stream, the same in all groups: the hardware has so few queues that streams of two ranks of a GPU may share
+// one, and there the first kernel of the one can be behind the second of the other, which waits for it.
+inline cudaStream_t StreamOf(int rank) {
+  static std::vector<cudaStream_t> all;
+  for (int i = static_cast<int>(all.size()); i <= rank; ++i) {
+    all.emplace_back();
+    CHECK_CUDA(cudaSetDevice(i % g_num_devices));
+    CHECK_CUDA(cudaStreamCreateWithFlags(&all.back(), cudaStreamNonBlocking));
+  }
+  return all[rank];
+}
+
 struct Ranks {
   Group& group;
   std::vector<int> device;
@@ -70,8 +82,7 @@ struct Ranks {
       for (int i = 0; i < num_ranks; ++i) Group::SetOrdinals({{i, devices[i]}});
       auto* ranks = new Ranks{Group::OfDevices(ids), devices, std::vector<cudaStream_t>(num_ranks)};
       for (int i = 0; i < num_ranks; ++i) {
-        CHECK_CUDA(cudaSetDevice(devices[i]));
-        CHECK_CUDA(cudaStreamCreateWithFlags(&ranks->stream[i], cudaStreamNonBlocking));
+        ranks->stream[i] = StreamOf(i);
       }
       all[num_ranks] = ranks;
     }
