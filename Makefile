@@ -9,8 +9,8 @@
 PYTEST_ARGS ?=
 DEMO_ARGS ?=
 # With the newest jax each feature once: what is looked for are APIs of JAX that changed. Other layouts, sizes, formats and
-# dtypes ask no other of it; of two axes one layer is kept, of empty operands the transposes, of processes an exchange
-# and how they ask each other for memory.
+# dtypes ask no other of it; of two axes one layer is kept, of empty operands the transposes, of processes how they find
+# each other and ask each other for memory.
 NEWEST_ARGS ?= -k "not (batched or rank or -tight or -aligned or -permuted or -one-row or -no-rows or -roomy or -choices \
   or -all-experts or -2] or -1024] or -2048] or ue8m0] or ue8m0- or mxfp8 or [float16 or -float16 or prefill \
   or -weights-True or -idx-True) and (not -two-axes or layers_over_two_axes) and (not -no-tokens or transpose) \
@@ -18,8 +18,8 @@ NEWEST_ARGS ?= -k "not (batched or rank or -tight or -aligned or -permuted or -o
   --ignore=tests/gpu --ignore=tests/slurm \
   $(addprefix --ignore=tests/test_,ahead_of_time.py benchmarks.py example.py formats.py group_host.py logfmt.py native.py \
   oracle.py packaging.py provenance.py quantized.py readme.py soak.py tuning.py) \
-  $(addprefix --ignore=tests/multiprocess/test_,descriptors.py doctor.py exchange_gpu.py groups.py internode.py \
-  internode_gpu.py launch.py)
+  $(addprefix --ignore=tests/multiprocess/test_,descriptors.py doctor.py exchange.py exchange_gpu.py groups.py \
+  internode.py internode_gpu.py launch.py)
 
 comma := ,
 has_gpu := $(wildcard /proc/driver/nvidia/version)

@@ -2,7 +2,8 @@
 
 The contract's tests are the same on both; those marked `gpu` look at the kernels and skip without a GPU. Whatever tuning.json
 says of this machine, "auto" is high throughput here, or with JAX_EP_TEST_LOW_LATENCY=TOKENS low latency wherever a rank has no
-more tokens than that: two runs see both.
+more tokens than that: two runs see both. On fewer GPUs than a case has ranks it is cut to them; JAX_EP_TEST_DEVICES=1 makes so
+many virtual devices, and cuts the same.
 """
 
 import contextlib
@@ -17,7 +18,7 @@ import hypothesis
 import pytest
 from jaxlib.version import __version_info__
 
-NUM_CPU_DEVICES = 8
+NUM_CPU_DEVICES = int(os.environ.get("JAX_EP_TEST_DEVICES", "8"))
 # Without MLIR, which XLA:CPU sets up anew for every fusion: a third of what a program of many small fusions takes to compile.
 # A flag that an XLA does not know ends the process, so only where it is known: RESET has flags read anew for each program.
 KNOWS_FLAGS = __version_info__[:2] == (0, 11)
@@ -64,14 +65,23 @@ def pytest_sessionstart(session):
 
 
 @contextlib.contextmanager
+def emit_fast():
+    """What XLA:CPU compiles meanwhile, here and in processes that are started, is without MLIR."""
+    import jax
+
+    with pytest.MonkeyPatch.context() as patch:
+        if jax.default_backend() == "cpu":
+            patch.setenv("XLA_FLAGS", f"{os.environ.get('XLA_FLAGS', '')} {QUICK_EMITTERS}".rstrip())
+        yield
+
+
+@contextlib.contextmanager
 def compile_fast():
     """What is compiled meanwhile, here and in processes that are started."""
     import jax
 
-    with pytest.MonkeyPatch.context() as patch:
+    with emit_fast(), pytest.MonkeyPatch.context() as patch:
         patch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
-        if jax.default_backend() == "cpu":
-            patch.setenv("XLA_FLAGS", f"{os.environ.get('XLA_FLAGS', '')} {QUICK_EMITTERS}".rstrip())
         jax.config.update("jax_disable_most_optimizations", True)
         try:
             yield
@@ -82,9 +92,17 @@ def compile_fast():
 @pytest.fixture
 def compiles_fast():
     """For a test that compares with a tolerance far above what XLA's optimisations change, or moved rows and integers, of which
-    they change nothing. Sums of any numbers are held to the bit as users compile them: test_combine.py, test_arithmetic.py.
+    they change nothing. Sums of any numbers are held to the bit as users compile them: test_combine.py, test_arithmetic.py; and
+    so are codes and scales: test_quantized.py, test_logfmt.py.
     """
     with compile_fast():
+        yield
+
+
+@pytest.fixture
+def emits_fast():
+    """For a test that looks at what XLA makes of a program, with its optimisations, and not at how a number is rounded."""
+    with emit_fast():
         yield
 
 

@@ -205,7 +205,7 @@ def test_infinities_and_nans_of_a_row_reach_its_token_and_no_other():
     idx = draw_topk_idx(small, "distinct")
     recv, handle = routed(small)(idx, normal(0, *idx.shape))
     y = np.ones((*recv.x.shape[:-1], small.hidden), jnp.bfloat16)
-    rank, token = 1, 2
+    rank, token = small.num_ranks - 1, 2
     y[handle.slot[rank, token, 0] // recv.x.shape[1], handle.slot[rank, token, 0] % recv.x.shape[1]] = np.nan
     got = combined(small)(y, handle).astype(np.float32)
     assert np.isnan(got[rank, token]).all()

@@ -26,6 +26,8 @@ import jax_ep
 
 DEFAULT_CAPACITY = [c for c in TINY if c.max_recv_tokens is None and c.expert_capacity is None]
 
+pytestmark = pytest.mark.usefixtures("emits_fast")
+
 
 def assert_dispatched(recv, handle, expected):
     for name in ("x", "weights", "topk_idx", "group_sizes", "num_tokens_per_expert", "num_dropped", "num_invalid"):

@@ -16,10 +16,23 @@ namespace jax_ep {
 constexpr int kNoticesAhead = kMaxRanks;  // of a warp, not published yet
 constexpr uint32_t kNoMoreNotices = 1u << 31;
 
+// In words that are handed over as the counter is (StoreRelaxedShared).
 struct alignas(16) Notice {
-  uint32_t offset;  // of the flag, in a room
-  int32_t peer;     // whose room
-  uint64_t value;
+  uint32_t offset;     // of the flag, in a room
+  uint32_t peer;       // whose room
+  uint32_t low, high;  // the value
+
+  __device__ __forceinline__ void Set(int64_t flag_offset, int whose, uint64_t value) {
+    StoreRelaxedShared(&offset, static_cast<uint32_t>(flag_offset));
+    StoreRelaxedShared(&peer, static_cast<uint32_t>(whose));
+    StoreRelaxedShared(&low, static_cast<uint32_t>(value));
+    StoreRelaxedShared(&high, static_cast<uint32_t>(value >> 32));
+  }
+  __device__ __forceinline__ void Tell(const InternodeView& view) const {
+    auto* const flag = reinterpret_cast<uint64_t*>(reinterpret_cast<char*>(view.room) + LoadAcquireShared(&offset));
+    const auto whose = static_cast<int>(LoadAcquireShared(&peer));
+    Signal(view, whose, flag, static_cast<uint64_t>(LoadAcquireShared(&high)) << 32 | LoadAcquireShared(&low));
+  }
 };
 
 // Of a block, in shared memory.
@@ -55,7 +68,7 @@ class Poster {
     if (wants) {
       const uint32_t at = (posted_ + __popc(wanting & ((1u << lane) - 1))) % kNoticesAhead;
       const auto offset = reinterpret_cast<const char*>(flag) - reinterpret_cast<const char*>(view_.room);
-      notices_.notice[warp_][at] = {static_cast<uint32_t>(offset), peer, value};
+      notices_.notice[warp_][at].Set(offset, peer, value);
     }
     posted_ += count;
     __syncwarp();
@@ -88,9 +101,7 @@ __device__ __forceinline__ void Publish(Notices& notices, const InternodeView& v
     if (__any_sync(~0u, count != published)) {
       FenceSys();
       for (; published != count; ++published) {
-        const Notice notice = notices.notice[lane][published % kNoticesAhead];
-        auto* const flag = reinterpret_cast<uint64_t*>(reinterpret_cast<char*>(view.room) + notice.offset);
-        Signal(view, notice.peer, flag, notice.value);
+        notices.notice[lane][published % kNoticesAhead].Tell(view);
       }
       if (lane < kTaskWarps) StoreReleaseShared(&notices.published[lane], published);
       __syncwarp();
