@@ -26,7 +26,7 @@ import jax_ep
 
 DEFAULT_CAPACITY = [c for c in TINY if c.max_recv_tokens is None and c.expert_capacity is None]
 
-pytestmark = pytest.mark.usefixtures("emits_fast")
+pytestmark = pytest.mark.usefixtures("compiles_fast")
 
 
 def assert_dispatched(recv, handle, expected):
