@@ -25,7 +25,9 @@ comma := ,
 has_gpu := $(wildcard /proc/driver/nvidia/version)
 extras := test,examples$(if $(has_gpu),$(comma)cuda)
 compiled := $(shell find ffi cmake -type f) CMakeLists.txt pyproject.toml
-workers := $(if $(filter gpu,$(JAX_EP_TEST_PLATFORM)),0,auto --maxprocesses=8)
+# One more than there are processors, as a test of several processes often waits; eight at most, for the memory.
+processors := $(shell nproc 2>/dev/null || getconf _NPROCESSORS_ONLN)
+workers := $(if $(filter gpu,$(JAX_EP_TEST_PLATFORM)),0,$(shell expr $(processors) + 1) --maxprocesses=8)
 
 nvshmem := nvidia-nvshmem-cu13==3.4.5
 # Python compiles what is imported, which is less than half.
