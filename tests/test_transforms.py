@@ -32,7 +32,7 @@ import jax_ep
 P = jax.P
 
 pytestmark = pytest.mark.usefixtures("emits_fast")
-# Of tests that compare within a tolerance, or integers that round nowhere. The others compile as users do.
+# Of tests that compare within a tolerance, or integers that round nowhere. The others compile with XLA's optimisations.
 quick = pytest.mark.usefixtures("compiles_fast")
 
 ADJOINT = [

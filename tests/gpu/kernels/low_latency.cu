@@ -707,8 +707,8 @@ int Measure(int argc, char** argv) {
   std::vector<int> all_sms;
   for (int i = 3; i < argc; ++i) all_sms.push_back(std::atoi(argv[i]));
   if (all_sms.empty()) all_sms = g_num_devices > 1 ? std::vector<int>{64, 132} : std::vector<int>{64};
-  std::printf("%d GPUs (of one: two ranks on it, no link), H %d, top-8 of 256, µs a call in a CUDA graph, p50/p99; floor: bf16 rows at 350 GB/s\n",
-              g_num_devices, hidden);
+  std::printf("%d ranks on %d GPUs, H %d, top-8 of 256, µs a call in a CUDA graph, p50/p99; floor: bf16 rows at 350 GB/s\n",
+              std::max(g_num_devices, 2), g_num_devices, hidden);
   const char* names[] = {"dispatch", "cached", "notify", "fp8", "combine", "weighted", "logfmt", "weighted"};
   std::printf("%-14s %4s %4s", "layout", "T", "sms");
   for (const char* name : names) std::printf(" | %13s", name);
