@@ -23,7 +23,6 @@ import jax_ep
 
 P = jax.P
 MIXED = ["expert", "rank", "batched", "expert-tight-aligned", "expert-two-axes", "expert-permuted"]
-pytestmark = pytest.mark.usefixtures("emits_fast")
 
 
 # ---- loops -----------------------------------------------------------------------------------------------------------
